@@ -1,0 +1,258 @@
+"""One base model in memory and many LoRA classifiers on it; the same engine evaluates and serves.
+
+A batch may mix adapters of any rank and any set of target layers. Every answer depends on its own text and adapter
+only, up to floating-point rounding.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModel
+
+from bento.adapter_files import AdapterFiles, Manifest, read_adapter
+from bento.classify import Scored, classify, passes, pooled_states
+from bento.devices import PASS_TOKENS, fast_matmul, pick_device, pick_dtype
+from bento.multi_lora import Segments, Update, wrap_linears
+from ft_resources.base_models import BaseModel
+from ft_resources.errors import ServiceError
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A loaded adapter. It is complete when it becomes visible and never changes afterwards."""
+
+    digest: str
+    manifest: Manifest
+    updates: Mapping[str, Update]
+    head_weight: torch.Tensor
+    head_bias: torch.Tensor
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A tokenised text with the adapter that answers it; keeps the adapter alive through an unload."""
+
+    ids: Sequence[int]
+    adapter: Adapter
+
+
+class Engine:
+    """Scores texts with any of the loaded adapters.
+
+    Args:
+        base: The base model, any encoder that `transformers.AutoModel` loads and that keeps the batch first.
+        precision: Of base weights and updates; heads and softmax are float32 always. `auto` takes bf16 where the
+            device multiplies it natively (CUDA; CPUs with AVX512-BF16 or AMX) and fp32 elsewhere.
+        threads: Threads of one matrix product on the CPU, for the whole process; None leaves torch's choice.
+        device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
+
+    Raises:
+        ServiceError: The base model cannot be loaded, or the asked device does not exist.
+    """
+
+    def __init__(self, base: BaseModel, precision: str = "auto", threads: int | None = None, device: str = "") -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.base = base
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(precision, self.device)
+        try:
+            model = AutoModel.from_pretrained(base.path, dtype=self.dtype, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ServiceError(
+                f"base model '{base.reference}' cannot be loaded: {error}",
+                where=str(base.path),
+                mend="Check that the folder was written by transformers' save_pretrained.",
+            ) from error
+        self._model = model.to(self.device).eval().requires_grad_(False)
+        self._segments = Segments()
+        self._layers = wrap_linears(self._model, self._segments)
+        self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self._tokenizer = _read_tokenizer(base)
+        self._tokenizers: dict[int, Tokenizer] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._loading = threading.Lock()
+        self._running = threading.Lock()
+
+    @property
+    def hidden(self) -> int:
+        """Width of the embedding."""
+        return int(self._model.config.hidden_size)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Digests of the loaded adapters, oldest first."""
+        return tuple(self._adapters)
+
+    def load(self, digest: str, folder: Path) -> Adapter:
+        """Read, check and publish the adapter in `folder`; loading a digest again changes nothing.
+
+        Raises:
+            ServiceError: The adapter is damaged, belongs to another base model, or cannot be served exactly.
+                The engine is as it was before.
+        """
+        known = self._adapters.get(digest)
+        if known is not None:
+            return known
+        files = read_adapter(folder)
+        self._check(files, folder)
+        adapter = Adapter(
+            digest=digest,
+            manifest=files.manifest,
+            updates={
+                module: (self._place(low.a.t()), self._place(low.b.t() * low.scale))
+                for module, low in files.updates.items()
+            },
+            head_weight=files.head_weight.to(self.device),
+            head_bias=files.head_bias.to(self.device),
+            tokenizer=self._tokenizer_for(files.manifest.max_tokens),
+        )
+        with self._loading:
+            self._adapters = {**self._adapters, digest: adapter}
+        return adapter
+
+    def unload(self, digest: str) -> None:
+        """Forget an adapter. Texts that were encoded for it are still answered by it."""
+        with self._loading:
+            self._adapters = {key: value for key, value in self._adapters.items() if key != digest}
+
+    def adapter(self, digest: str) -> Adapter:
+        """Raises:
+        ServiceError: It is not loaded.
+        """
+        adapter = self._adapters.get(digest)
+        if adapter is None:
+            raise ServiceError(f"adapter {digest[:12]} is not loaded", mend="Load it first.")
+        return adapter
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[Scored]:
+        """Answers to (text, adapter digest), in the order of `items`.
+
+        Raises:
+            ServiceError: An adapter is not loaded, or the model's output is not finite.
+        """
+        adapters = {digest: self.adapter(digest) for digest in {digest for _, digest in items}}
+        encoded: list[Encoded | None] = [None] * len(items)
+        for digest, adapter in adapters.items():
+            places = [place for place, item in enumerate(items) if item[1] == digest]
+            for place, one in zip(places, self.encode([items[place][0] for place in places], adapter), strict=True):
+                encoded[place] = one
+        return self.run([one for one in encoded if one is not None])
+
+    def encode(self, texts: Sequence[str], adapter: Adapter) -> list[Encoded]:
+        """Token ids of each text, cut to the adapter's `max_tokens`. Safe in any thread."""
+        return [Encoded(one.ids, adapter) for one in adapter.tokenizer.encode_batch_fast(list(texts))]
+
+    def run(self, encoded: Sequence[Encoded]) -> list[Scored]:
+        """Answers in the order of `encoded`, computed in passes of texts of like length.
+
+        Raises:
+            ServiceError: The model's output is not finite.
+        """
+        answers: dict[int, Scored] = {}
+        with self._running, torch.inference_mode(), fast_matmul(self.device, self.dtype):
+            for places in passes([len(one.ids) for one in encoded], PASS_TOKENS[self.device.type]):
+                places.sort(key=lambda place: encoded[place].adapter.digest)
+                answers.update(zip(places, self._pass([encoded[place] for place in places]), strict=True))
+        return [answers[place] for place in range(len(encoded))]
+
+    def _pass(self, batch: Sequence[Encoded]) -> list[Scored]:
+        """One pass through the model; rows of one adapter stand together in `batch`."""
+        lengths = [len(one.ids) for one in batch]
+        width = max(lengths)
+        ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
+        for row, one in enumerate(batch):
+            ids[row, : lengths[row]] = torch.tensor(one.ids, dtype=torch.long)
+        counts = torch.tensor(lengths, device=self.device)
+        mask = torch.arange(width, device=self.device) < counts[:, None]
+        segments = list(_runs([one.adapter for one in batch]))
+        self._segments.rows = len(batch)
+        self._segments.parts = [(start, stop, adapter.updates) for start, stop, adapter in segments]
+        try:
+            states = self._model(
+                input_ids=ids.to(self.device), attention_mask=None if min(lengths) == width else mask.long()
+            ).last_hidden_state
+        finally:
+            self._segments.parts = ()
+        return [
+            one
+            for start, stop, adapter in segments
+            for one in classify(
+                pooled_states(states[start:stop], mask[start:stop], adapter.manifest.pooling),
+                adapter.head_weight,
+                adapter.head_bias,
+                adapter.manifest.labels,
+                adapter.manifest.temperature,
+            )
+        ]
+
+    def _check(self, files: AdapterFiles, folder: Path) -> None:
+        mend = "Serve it with the base model it was trained on."
+        if files.manifest.base.digest != self.base.digest:
+            raise ServiceError(
+                f"the adapter was trained on another base model ({files.manifest.base.model}, "
+                f"{files.manifest.base.digest[:12]}) than the one in memory ({self.base.digest[:12]})",
+                where=str(folder),
+                mend=mend,
+            )
+        if files.head_weight.shape[1] != self.hidden:
+            raise ServiceError(
+                f"the head takes {files.head_weight.shape[1]} values, the base model gives {self.hidden}",
+                where=str(folder),
+                mend=mend,
+            )
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        if longest is not None and files.manifest.max_tokens > longest:
+            raise ServiceError(
+                f"max_tokens is {files.manifest.max_tokens}, the base model reads {longest}",
+                where=str(folder),
+                mend="Train with a smaller max_tokens.",
+            )
+        for module, low in files.updates.items():
+            layer = self._layers.get(module)
+            if layer is None:
+                raise ServiceError(f"the base model has no plain linear layer '{module}'", where=str(folder), mend=mend)
+            if (low.a.shape[1], low.b.shape[0]) != (layer.in_features, layer.out_features):
+                raise ServiceError(
+                    f"the update of '{module}' maps {low.a.shape[1]} to {low.b.shape[0]} values, "
+                    f"the layer {layer.in_features} to {layer.out_features}",
+                    where=str(folder),
+                    mend=mend,
+                )
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def _tokenizer_for(self, max_tokens: int) -> Tokenizer:
+        with self._loading:
+            if max_tokens not in self._tokenizers:
+                tokenizer = Tokenizer.from_str(self._tokenizer)
+                tokenizer.no_padding()
+                tokenizer.enable_truncation(max_tokens)
+                self._tokenizers[max_tokens] = tokenizer
+            return self._tokenizers[max_tokens]
+
+
+def _read_tokenizer(base: BaseModel) -> str:
+    """The serialised tokenizer of `base`."""
+    path = base.path / "tokenizer.json"
+    if not path.is_file():
+        raise ServiceError(
+            "the base model has no tokenizer.json",
+            where=str(base.path),
+            mend="Save a fast tokenizer there with transformers' save_pretrained.",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _runs(adapters: Sequence[Adapter]) -> Iterator[tuple[int, int, Adapter]]:
+    start = 0
+    for row in range(1, len(adapters) + 1):
+        if row == len(adapters) or adapters[row] is not adapters[start]:
+            yield start, row, adapters[start]
+            start = row

@@ -1,0 +1,107 @@
+"""Turning every kind of error into the one JSON answer of the protocol."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from bento.front import error_response
+from bento.metrics import Subject, metrics
+from bento.protocol import MAX_CHARS, MAX_INPUTS
+from ft_resources.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class CallerGone(Exception):
+    """The caller closed the connection before the answer was there."""
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let `app` answer every error as `ErrorResponse`."""
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(CallerGone, _gone)
+    app.add_exception_handler(Exception, _fault)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    if error.status >= 500:
+        logger.warning("%s trace=%s %s", error.error_code, request.state.trace_id, error.what)
+    if request.url.path == "/predict":
+        subject = getattr(request.state, "subject", Subject())
+        metrics().count(subject, error.error_code, time.monotonic() - request.state.arrived)
+    return error_response(error, request.state.trace_id)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _refused(request, explain(error.errors()))
+
+
+def explain(problems: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The one error that stands for the problems pydantic found; callers' values are not repeated in it."""
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    kind = first["type"]
+    if kind == "json_invalid":
+        return RequestError("invalid_request", "the body is not JSON", status=400, mend="Send a JSON object as UTF-8.")
+    if where == "body" and kind != "value_error":
+        return RequestError(
+            "invalid_request",
+            "the body is not a JSON object",
+            status=422,
+            mend="Send a JSON object with the header 'content-type: application/json'.",
+        )
+    if where.startswith("inputs") and kind in ("too_long", "string_too_long"):
+        return RequestError(
+            "input_too_large",
+            f"field '{where[:100]}' is too long",
+            status=413,
+            mend=f"Send at most {MAX_INPUTS} inputs of at most {MAX_CHARS:,} characters.",
+        )
+    subject = "the body" if where == "body" else f"field '{where[:100]}'"
+    what = str(first["msg"]).removeprefix("Value error, ")
+    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    return RequestError(
+        "invalid_request",
+        f"{subject}: {what[:300]}{more}",
+        status=422,
+        mend="The protocol is described at /docs.",
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {
+        400: "the body is not JSON in UTF-8",
+        404: f"there is nothing at {request.url.path[:200]}",
+        405: f"{request.method} is not possible at {request.url.path[:200]}",
+    }.get(error.status_code, str(error.detail)[:300])
+    response = await _refused(
+        request,
+        RequestError("invalid_request", what, status=error.status_code, mend="The protocol is described at /docs."),
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    logger.error("fault trace=%s", request.state.trace_id, exc_info=error)
+    fault = RequestError(
+        "internal",
+        "the service failed",
+        status=500,
+        mend="Try again; tell the operator the trace_id if it happens again.",
+    )
+    return await _refused(request, fault)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,1 @@
+"""Fine-tuning as a graph of assets: data, training, evaluation, release, monitoring."""

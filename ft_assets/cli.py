@@ -1,0 +1,290 @@
+"""`ft`: a thin command line over the Python asset API."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ft_resources.errors import FtError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fine-tune LoRA adapters on your own rows: from a task file to a release that answers, is watched and retrained.",
+)
+task_app = typer.Typer(no_args_is_help=True, help="Task files: check, add, list.")
+release_app = typer.Typer(no_args_is_help=True, help="What is live, what was live when, overrule, go back.")
+app.add_typer(task_app, name="task")
+app.add_typer(release_app, name="release")
+console = Console(highlight=False, soft_wrap=True)
+complaints = Console(stderr=True, highlight=False, soft_wrap=True)
+
+HomeOption = Annotated[Path | None, typer.Option("--home", help="Platform home; default FT_HOME, else .ft here.")]
+TaskArgument = Annotated[str, typer.Argument(help="Task name, as in its file.")]
+Because = Annotated[str, typer.Option("--because", help="Why; recorded with your name.")]
+
+MARKS = {
+    "made": "[green]made[/green]    ",
+    "passed": "[green]pass[/green]    ",
+    "refused": "[bold red]REFUSED[/bold red] ",
+    "warned": "[yellow]note[/yellow]    ",
+    "failed": "[bold red]FAILED[/bold red]  ",
+    "note": "        ",
+}
+
+
+def show_line(line: Any) -> None:
+    """One line of a run, as `ft run` and the demo print it."""
+    from rich.markup import escape
+
+    subject = f"{line.subject}: " if line.subject and line.kind != "note" else ""
+    console.print(f"[dim]{line.seconds:6.1f}s[/dim]  {MARKS[line.kind]}{escape(subject + line.text)}")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Typed errors end the command with a sentence and exit code 2, without a stack trace."""
+    from rich.markup import escape
+
+    try:
+        yield
+    except FtError as error:
+        complaints.print(f"[bold red]{type(error).__name__}[/bold red] {escape(str(error))}")
+        raise typer.Exit(2) from None
+
+
+def _open(home: Path | None) -> Any:
+    from ft_assets.platform import Platform
+
+    return Platform.open(home)
+
+
+@task_app.command("check")
+def task_check(file: Annotated[Path, typer.Argument(help="Task file.")], home: HomeOption = None) -> None:
+    """Validate a task file; an error names file, line, field, what was expected and the nearest valid name."""
+    with _told():
+        task, resolved = _open(home).check_task(file)
+        console.print(f"[green]valid[/green]: task {task.name}, {task.spec.type}, recipe {resolved.template}")
+        table = Table("setting", "value", "from")
+        for path, origin in resolved.origins.items():
+            value: Any = resolved.settings.model_dump()
+            for part in path.split("."):
+                value = value[part]
+            table.add_row(path, str(value), origin)
+        console.print(table)
+
+
+@task_app.command("add")
+def task_add(file: Annotated[Path, typer.Argument(help="Task file.")], home: HomeOption = None) -> None:
+    """Validate a task file and register it: `ft run` and the Dagster UI know it from then on."""
+    with _told():
+        task = _open(home).add_task(file)
+        console.print(f"[green]added[/green] {task.name} ({task.path}). Next: ft run {task.name}")
+
+
+@task_app.command("list")
+def task_list(home: HomeOption = None) -> None:
+    """Every task file that is found, what is live for it, and the files that do not parse."""
+    with _told():
+        platform = _open(home)
+        tasks, errors = platform.tasks.load()
+        table = Table("task", "type", "recipe", "live", "file")
+        for name, task in sorted(tasks.items()):
+            live = platform.ledger.live_release(name)
+            table.add_row(
+                name, task.spec.type, task.spec.recipe, f"version {live['model_version']}" if live else "-", str(task.path)
+            )
+        console.print(table)
+        for error in errors:
+            complaints.print(f"[red]{error}[/red]")
+
+
+@app.command()
+def run(
+    task: TaskArgument,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Materialise just this asset; repeatable.")] = None,
+    because: Because = "asked for with ft run",
+    home: HomeOption = None,
+) -> None:
+    """Take a task from its raw rows through training, evaluation and gates to a live release."""
+    with _told():
+        outcome = _open(home).materialise(task, only=only or (), because=because, show=show_line)
+        _verdict(outcome, home)
+
+
+@app.command()
+def monitor(
+    task: TaskArgument,
+    day: Annotated[str, typer.Argument(help="ISO day of the traffic, such as 2002-08-31.")],
+    home: HomeOption = None,
+) -> None:
+    """Compact and judge one day of a task's traffic."""
+    with _told():
+        _verdict(_open(home).monitor(task, day, show=show_line), home)
+
+
+@app.command()
+def report(task: TaskArgument, home: HomeOption = None) -> None:
+    """The newest evaluation: metrics beside baselines and champion, the gates' verdict, the HTML page's path."""
+    with _told():
+        from ft_assets.evaluation.gate import decide
+
+        platform = _open(home)
+        found = platform.report(task)
+        table = Table("model", *found.models["candidate"])
+        for name, metrics in found.models.items():
+            table.add_row(name, *(f"{i.value:.3f} ({i.low:.3f} to {i.high:.3f})" for i in metrics.values()))
+        console.print(table)
+        decision = decide(found, platform.tasks.get(task).spec.gates)
+        for name, gate in decision.gates.items():
+            console.print(f"{MARKS['passed' if gate.passed else 'refused']}{name}: {gate.reason}")
+        console.print(decision.verdict)
+        console.print(f"Page: {platform.report_page(task)}")
+
+
+@app.command()
+def predict(
+    task: TaskArgument,
+    texts: Annotated[list[str], typer.Argument(help="Texts to answer; '-' reads one a line from standard input.")],
+    version: Annotated[str | None, typer.Option("--version", help="A released version instead of the live one.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Answer texts with the live release, in this process; logged like the service's answers."""
+    with _told():
+        inputs = [line.rstrip("\n") for line in sys.stdin] if texts == ["-"] else texts
+        for answer in _open(home).predict(task, inputs, model_version=version):
+            console.print(f"{answer.label}  {answer.confidence:.3f}  [dim]{answer.prediction_id}[/dim]")
+
+
+@app.command()
+def trace(
+    prediction: Annotated[str, typer.Argument(help="A prediction_id, or a row id with --task.")],
+    task: Annotated[str | None, typer.Option("--task", help="Trace a row of this task instead of an answer.")] = None,
+    rows: Annotated[int, typer.Option("--rows", help="How many training rows to show.")] = 5,
+    home: HomeOption = None,
+) -> None:
+    """From an answer back to the decision, the adapter and the rows it learned from; or from a row to its adapters."""
+    with _told():
+        platform = _open(home)
+        if task is not None:
+            console.print_json(json.dumps(platform.trace_row(task, prediction), default=str))
+            return
+        found = platform.trace(prediction)
+        answer = found.prediction
+        console.print(f"answer   {answer['label']} ({answer['confidence']:.3f}) at {answer['answered_at']:%Y-%m-%d %H:%M:%S}")
+        if found.release:
+            one = found.release
+            console.print(f"release  {one['id']}, version {one['model_version']}, by {one['actor']}: {one['because']}")
+        console.print(f"recipe   {found.adapter['template']} on {found.adapter['base']['model']}")
+        for name, digest in found.digests.items():
+            console.print(f"{name:17}{digest}")
+        console.print(f"trained on {len(found.rows)} rows, of which:")
+        table = Table("row", "label", "source")
+        for row in found.rows.head(rows).itertuples():
+            table.add_row(row.row_id, row.label, row.source)
+        console.print(table)
+
+
+@release_app.command("history")
+def release_history(task: TaskArgument, home: HomeOption = None) -> None:
+    """Every decision for a task: what was live when, who decided, on which report."""
+    with _told():
+        table = Table("from", "release", "kind", "version", "adapter", "by", "because")
+        for one in _open(home).history(task):
+            table.add_row(
+                f"{one['created_at']:%Y-%m-%d %H:%M:%S}",
+                one["id"],
+                one["kind"],
+                one["model_version"],
+                one["adapter"][:12],
+                one["actor"],
+                one["because"],
+            )
+        console.print(table)
+
+
+@release_app.command("approve")
+def release_approve(
+    task: TaskArgument, because: Annotated[str, typer.Option(help="Why the gates are overruled.")], home: HomeOption = None
+) -> None:
+    """Overrule the gates for the newest candidate. Recorded with your name and reason, and shown in the history."""
+    with _told():
+        release = _open(home).approve(task, because=because)
+        console.print(f"[yellow]approved[/yellow]: version {release['model_version']} is live as {release['id']}")
+
+
+@release_app.command("rollback")
+def release_rollback(
+    task: TaskArgument,
+    because: Annotated[str, typer.Option(help="Why.")],
+    to: Annotated[str | None, typer.Option("--to", help="A release id; default the adapter before.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Make an earlier adapter live again: one row, in effect in under a second, nothing restarts."""
+    with _told():
+        release = _open(home).roll_back(task, to=to, because=because)
+        console.print(f"[green]version {release['model_version']}[/green] is live again as {release['id']}")
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="Port.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address; callers from elsewhere need a key of FT_API_KEYS.")] = "127.0.0.1",
+    home: HomeOption = None,
+) -> None:
+    """Serve every released task over HTTP with `bentoml serve`; releases and rollbacks need no restart."""
+    from ft_resources.environments import REPOSITORY
+    from ft_resources.serving import SERVICE
+
+    _open(home)
+    os.chdir(REPOSITORY)
+    program = str(Path(sys.executable).with_name("bentoml"))
+    os.execv(program, [program, "serve", SERVICE, "--host", host, "--port", str(port)])
+
+
+@app.command()
+def dev(port: Annotated[int, typer.Option(help="Port.")] = 3001, home: HomeOption = None) -> None:
+    """Open the Dagster UI with its daemon: the asset graph, checks, plots, sensors."""
+    from ft_resources.environments import REPOSITORY
+
+    _open(home)
+    os.chdir(REPOSITORY)
+    program = str(Path(sys.executable).with_name("dagster"))
+    os.execv(program, [program, "dev", "-w", "workspace.yaml", "--port", str(port)])
+
+
+@app.command()
+def mlflow(port: Annotated[int, typer.Option(help="Port.")] = 5000, home: HomeOption = None) -> None:
+    """Open the MLflow UI: runs step by step, registered versions, model cards."""
+    uri = _open(home).environment.mlflow
+    program = str(Path(sys.executable).with_name("mlflow"))
+    os.execv(program, [program, "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
+
+
+def _verdict(outcome: Any, home: Path | None) -> None:
+    if outcome.succeeded:
+        console.print(f"[bold green]done[/bold green] (run {outcome.run_id})")
+        return
+    complaints.print(f"[bold red]stopped[/bold red] (run {outcome.run_id})")
+    for reason in outcome.refusals:
+        complaints.print(f"  refused by {reason}", markup=False)
+    if outcome.failure:
+        complaints.print(f"  {outcome.failure}", markup=False)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `ft` program."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Stage 1: from a source's rows to clean, split, immutable snapshots."""

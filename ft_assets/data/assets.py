@@ -1,0 +1,162 @@
+"""Stage 1: raw rows as an immutable snapshot, cleaned rows with every rejection, sticky splits."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from ft_assets.data.cleaning import CLEANER_VERSION, clean
+from ft_assets.data.sources import read_sources
+from ft_assets.data.splits import assign
+from ft_assets.materialising import publish, result, table, task_named, typed_failures
+from ft_assets.partitions import task_partitions
+from ft_resources.environments import Environment
+from ft_resources.lake import Lake
+from ft_resources.ledger import Ledger
+
+GROUP = "1_data"
+SPLITS = ("train", "validation", "test")
+
+
+@dg.asset(partitions_def=task_partitions, group_name=GROUP, kinds={"parquet"}, code_version="1")
+def raw_dataset(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
+) -> dg.MaterializeResult[Any]:
+    """Snapshot of every source of the task: row id, text, label, where it stands, when it came into being."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        rows = read_sources(
+            task.spec,
+            task.path.parent,
+            environment.packages,
+            lambda: ledger.feedback_rows(task.name),
+            context.log.info,
+        )
+
+        def write(folder: Path) -> None:
+            rows.to_parquet(folder / "rows.parquet", index=False)
+
+        content = pd.util.hash_pandas_object(rows, index=False).to_numpy().tobytes()
+        sources = [source.model_dump(mode="json") for source in task.spec.sources]
+        made_from = {"task": task.name, "sources": sources, "rows": hashlib.sha256(content).hexdigest()}
+        snapshot = publish(context, lake, (task.name, "raw_dataset"), "raw_dataset", made_from, write)
+        return result(
+            snapshot,
+            {
+                "rows": len(rows),
+                "labels": table(_counts(rows, "label")),
+                "origins": table(_counts(rows, "origin")),
+                "first_event": str(rows["event_time"].min()),
+                "last_event": str(rows["event_time"].max()),
+            },
+        )
+
+
+@dg.asset(
+    partitions_def=task_partitions, deps=[raw_dataset], group_name=GROUP, kinds={"parquet"}, code_version=CLEANER_VERSION
+)
+def clean_dataset(
+    context: dg.AssetExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
+) -> dg.MaterializeResult[Any]:
+    """Rows that are kept, personal data masked; and every rejected row with its reason."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        raw = lake.require(task.name, "raw_dataset")
+
+        def write(folder: Path) -> None:
+            cleaned = clean(raw.parquet("rows.parquet"), task.spec.cleaning, task.spec.labels)
+            cleaned.kept.to_parquet(folder / "kept.parquet", index=False)
+            cleaned.rejected.to_parquet(folder / "rejected.parquet", index=False)
+
+        made_from = {
+            "raw_dataset": raw.digest,
+            "cleaner": CLEANER_VERSION,
+            "cleaning": task.spec.cleaning.model_dump(mode="json"),
+            "labels": task.spec.labels,
+        }
+        artefact = publish(context, lake, (task.name, "clean_dataset"), "clean_dataset", made_from, write)
+        kept, rejected = artefact.parquet("kept.parquet"), artefact.parquet("rejected.parquet")
+        return result(
+            artefact,
+            {
+                "kept": len(kept),
+                "rejected": len(rejected),
+                "rejected_by_reason": table(_counts(rejected, "reason")),
+                "labels": table(_counts(kept, "label")),
+            },
+        )
+
+
+@dg.multi_asset(
+    specs=[
+        dg.AssetSpec(
+            f"{split}_split",
+            deps=[clean_dataset],
+            partitions_def=task_partitions,
+            group_name=GROUP,
+            kinds={"parquet"},
+            code_version="1",
+            description=f"Row ids of the {split} split. A row keeps its split for ever; near-duplicates share one.",
+        )
+        for split in SPLITS
+    ],
+    partitions_def=task_partitions,
+    name="splits",
+)
+def splits(
+    context: dg.AssetExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
+) -> Iterator[dg.MaterializeResult[Any]]:
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        clean_rows = lake.require(task.name, "clean_dataset")
+        earlier = lake.head(task.name, "assignments")
+        made_from = {
+            "task": task.name,
+            "clean_dataset": clean_rows.digest,
+            "split": task.spec.split.model_dump(mode="json"),
+        }
+        if earlier is not None and earlier.made_from["split"] != made_from["split"]:
+            context.log.warning("the split settings changed: all rows are assigned anew")
+            earlier = None
+
+        def write_assignments(folder: Path) -> None:
+            previous = None if earlier is None else earlier.parquet("assignments.parquet")
+            assigned = assign(clean_rows.parquet("kept.parquet"), task.spec.split, previous)
+            assigned.to_parquet(folder / "assignments.parquet", index=False)
+
+        assignments = publish(
+            context, lake, (task.name, "assignments"), "assignments", made_from, write_assignments
+        )
+        assigned = assignments.parquet("assignments.parquet")
+        present = assigned[assigned["present"]]
+        labels = clean_rows.parquet("kept.parquet").set_index("row_id")["label"]
+        for split in SPLITS:
+            members = present.loc[present["split"] == split, ["row_id", "cluster_id"]]
+
+            def write_split(folder: Path, members: pd.DataFrame = members) -> None:
+                members.to_parquet(folder / "rows.parquet", index=False)
+
+            parents = {"clean_dataset": clean_rows.digest, "assignments": assignments.digest, "split": split}
+            artefact = publish(context, lake, (task.name, f"{split}_split"), f"{split}_split", parents, write_split)
+            rows = members.assign(label=members["row_id"].map(labels))
+            yield result(
+                artefact,
+                {
+                    "rows": len(members),
+                    "clusters": int(members["cluster_id"].nunique()),
+                    "labels": table(_counts(rows, "label")),
+                    "held_out": int((present["split"] == "held_out").sum()),
+                },
+                asset_key=f"{split}_split",
+            )
+
+
+def _counts(frame: pd.DataFrame, column: str) -> list[dict[str, Any]]:
+    counts = frame[column].value_counts(dropna=False)
+    return [{column: str(name), "rows": int(n), "share": f"{n / max(len(frame), 1):.1%}"} for name, n in counts.items()]

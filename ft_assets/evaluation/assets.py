@@ -1,0 +1,82 @@
+"""Stage 3: candidate and champion on the frozen test split, in the engine that serves."""
+
+from typing import Any
+
+import dagster as dg
+
+from ft_assets.evaluation.report import EvalReport
+from ft_assets.evaluation.stored import parse_report
+from ft_assets.materialising import image, result, table, task_named, typed_failures
+from ft_assets.partitions import task_partitions
+from ft_assets.plots import confusion, reliability
+from ft_resources.compute import Compute
+from ft_resources.environments import Environment
+from ft_resources.lake import Lake, short
+from ft_resources.ledger import Ledger
+
+GROUP = "3_evaluation"
+WORKER = "ft_assets.evaluation.worker"
+EVALUATOR_VERSION = "1"
+
+
+@dg.asset(
+    partitions_def=task_partitions,
+    deps=["adapter", "train_split", "validation_split", "test_split"],
+    group_name=GROUP,
+    kinds={"evaluate"},
+    code_version=EVALUATOR_VERSION,
+    retry_policy=dg.RetryPolicy(max_retries=2, delay=2),
+)
+def eval_report(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
+    compute: Compute,
+) -> dg.MaterializeResult[Any]:
+    """Per-row answers and metrics with intervals of candidate, champion and baselines; slices, calibration, latency."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        inputs = {
+            name: lake.require(task.name, name).digest
+            for name in ("adapter", "train_split", "validation_split", "test_split")
+        }
+        live = ledger.live_release(task.name)
+        champion_test = lake.open(live["report"]).made_from["test_split"] if live and live["report"] else ""
+        policy = task.spec.gates.model_dump(mode="json")
+        made_from = {
+            **inputs,
+            "champion": live["adapter"] if live else "",
+            "champion_test_split": champion_test,
+            "evaluator": EVALUATOR_VERSION,
+        }
+        artefact = lake.find("eval_report", made_from)
+        if artefact is None:
+            job = {**made_from, "task": task.name, "lake": environment.lake, "policy": policy, "made_from": made_from}
+            artefact = lake.open(compute.run(context, WORKER, job)["report"])
+        else:
+            context.log.info(f"report {short(artefact.digest)} is reused: the same adapters and rows made it before")
+        lake.set_head(task.name, "eval_report", artefact.digest, context.run_id)
+        return result(artefact, _metadata(parse_report(artefact), str(artefact.path("report.html"))))
+
+
+def _metadata(report: EvalReport, page: str) -> dict[str, Any]:
+    compared = [
+        {
+            "model": model,
+            **{metric: f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for metric, i in metrics.items()},
+        }
+        for model, metrics in report.models.items()
+    ]
+    return {
+        "rows": report.rows,
+        "candidate": short(report.adapter),
+        "champion": short(report.champion) if report.champion else "none yet",
+        "accuracy": report.models["candidate"]["accuracy"].value,
+        "macro_f1": report.models["candidate"]["macro_f1"].value,
+        "metrics": table(compared),
+        "confusion": image(confusion(report.confusion, report.labels), "confusion"),
+        "reliability": image(reliability(report.calibration.bins), "reliability"),
+        "latency_p95_ms": report.latency.p95_ms,
+        "report": dg.MetadataValue.path(page),
+    }

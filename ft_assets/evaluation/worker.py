@@ -1,0 +1,159 @@
+"""The evaluation process: `python -m ft_assets.evaluation.worker`, launched through Dagster Pipes.
+
+Candidate and champion answer the frozen test split in the engine that serves traffic; baselines answer beside them.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bento.engine import Engine, Scored
+from ft_assets.data.assembly import split_rows
+from ft_assets.evaluation.baselines import linear_baseline, majority_baseline
+from ft_assets.evaluation.gate import decide
+from ft_assets.evaluation.html import render
+from ft_assets.evaluation.report import Latency, Serving, build_report
+from ft_assets.tasks import GatePolicy
+from ft_assets.worker import Progress, serve
+from ft_resources.base_models import resolve
+from ft_resources.environments import Environment
+from ft_resources.lake import Artefact, Lake
+
+CHUNK = 64
+LATENCY_ROWS = 60
+PARITY_ROWS = 200
+REFERENCE_ROWS = 1000
+
+
+def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Score, compare, render and publish the report that `job` describes."""
+    lake = Lake(job["lake"])
+    candidate = lake.open(job["adapter"])
+    champion = lake.open(job["champion"]) if job["champion"] else None
+    about = candidate.json("adapter.json")
+    labels: list[str] = about["labels"]
+    test, training = split_rows(lake, job["test_split"]), split_rows(lake, job["train_split"])
+    validation = split_rows(lake, job["validation_split"])
+    progress(f"loading the serving engine for {len(test)} test rows", force=True)
+    engine = Engine(resolve(about["base"]["model"]), device=Environment.read().device)
+    answers = _score(engine, candidate, test["text"].tolist(), progress, "candidate")
+    frame = test.drop(columns="masked", errors="ignore").assign(
+        candidate_label=[answer.label for answer in answers],
+        candidate_confidence=[answer.confidence for answer in answers],
+        **{f"candidate_p_{name}": [float(a.probabilities[i]) for a in answers] for i, name in enumerate(labels)},
+    )
+    if champion is not None:
+        theirs = _score(engine, champion, test["text"].tolist(), progress, "champion")
+        tested = set(split_rows(lake, job["champion_test_split"])["row_id"]) if job["champion_test_split"] else set()
+        frame = frame.assign(
+            champion_label=[answer.label for answer in theirs],
+            champion_confidence=[answer.confidence for answer in theirs],
+            was_in_champion_test=frame["row_id"].isin(tested),
+        )
+    progress("baselines: majority, and TF-IDF with logistic regression", force=True)
+    train_texts, train_labels = training["text"].tolist(), training["label"].tolist()
+    frame["majority_label"] = majority_baseline(train_labels, len(frame)).labels
+    frame["linear_label"] = linear_baseline(train_texts, train_labels, frame["text"].tolist()).labels
+    progress("latency of single requests, and agreement with plain peft in fp32", force=True)
+    parity = validation["text"].tolist()[:PARITY_ROWS]
+    policy = GatePolicy.model_validate(job["policy"])
+    report = build_report(
+        frame,
+        task=job["task"],
+        adapter=candidate.digest,
+        champion=champion.digest if champion else None,
+        test_split=job["test_split"],
+        labels=labels,
+        temperature=about["temperature"],
+        latency=_latency(engine, candidate.digest, frame["text"].tolist()),
+        serving=_parity(engine, candidate, about, parity),
+        created_from=job["made_from"],
+        confidence=policy.confidence,
+    )
+    decision = decide(report, policy)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "report.json").write_text(report.model_dump_json(indent=1))
+        (folder / "report.html").write_text(render(report, decision, frame), encoding="utf-8")
+        frame.to_parquet(folder / "predictions.parquet", index=False)
+        _reference(engine, candidate.digest, answers, validation["text"].tolist(), folder / "reference.npz")
+        artefact = lake.publish("eval_report", folder, job["made_from"])
+    return {"report": artefact.digest}
+
+
+def _score(engine: Engine, adapter: Artefact, texts: Sequence[str], progress: Progress, who: str) -> list[Scored]:
+    engine.load(adapter.digest, adapter.folder)
+    answers: list[Scored] = []
+    for start in range(0, len(texts), CHUNK):
+        answers += engine.score([(text, adapter.digest) for text in texts[start : start + CHUNK]])
+        progress(f"{who}: {len(answers)}/{len(texts)} rows scored")
+    return answers
+
+
+def _latency(engine: Engine, digest: str, texts: Sequence[str]) -> Latency:
+    """Engine time of one request at a time, over rows spread across the split, after a warm-up."""
+    chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, min(LATENCY_ROWS, len(texts))).astype(int)]
+    engine.score([(chosen[0], digest)])
+    times = []
+    for text in chosen:
+        started = time.perf_counter()
+        engine.score([(text, digest)])
+        times.append((time.perf_counter() - started) * 1000)
+    return Latency(p50_ms=float(np.quantile(times, 0.5)), p95_ms=float(np.quantile(times, 0.95)), requests=len(times))
+
+
+def _parity(engine: Engine, adapter: Artefact, about: Mapping[str, Any], texts: Sequence[str]) -> Serving:
+    """The serving engine against `peft.PeftModel` in fp32: the adapter folder as anyone else would load it."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    base = resolve(about["base"]["model"])
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base.path, dtype=torch.float32), adapter.folder).eval()
+    head = load_file(adapter.folder / "head.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    expected = []
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    with torch.inference_mode():
+        for start in range(0, len(order), 16):
+            batch = tokenizer(
+                [texts[i] for i in order[start : start + 16]],
+                truncation=True,
+                max_length=about["max_tokens"],
+                padding=True,
+                return_tensors="pt",
+            )
+            states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1).float()
+            pooled = states[:, 0] if about["pooling"] == "cls" else (states * mask).sum(1) / mask.sum(1)
+            logits = pooled @ head["weight"].T + head["bias"]
+            expected.append(torch.softmax(logits / about["temperature"], -1).numpy())
+    plain = np.concatenate(expected)
+    served = np.stack([a.probabilities for a in engine.score([(texts[i], adapter.digest) for i in order])])
+    return Serving(
+        precision=str(engine.dtype).removeprefix("torch."),
+        rows=len(texts),
+        agreement=float((plain.argmax(1) == served.argmax(1)).mean()),
+        max_probability_difference=float(np.abs(plain - served).max()),
+    )
+
+
+def _reference(engine: Engine, digest: str, answers: list[Scored], more: Sequence[str], path: Path) -> None:
+    """What drift is measured against: embeddings, labels and confidences on rows the adapter was not fitted to."""
+    held_out = answers + engine.score([(text, digest) for text in more])
+    chosen = np.random.default_rng(0).permutation(len(held_out))[:REFERENCE_ROWS]
+    np.savez(
+        path,
+        embeddings=np.stack([held_out[i].embedding for i in chosen]),
+        labels=np.array([held_out[i].label for i in chosen]),
+        confidence=np.array([held_out[i].confidence for i in chosen], dtype=np.float32),
+    )
+
+
+if __name__ == "__main__":
+    serve(evaluate_job)

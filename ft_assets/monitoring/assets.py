@@ -1,0 +1,200 @@
+"""Stage 5: what was served on a day, whether it drifted, and what is worth a human label."""
+
+import json
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from ft_assets.evaluation.stored import parse_report
+from ft_assets.materialising import image, publish, result, table, task_named, typed_failures
+from ft_assets.monitoring import drift as drifting
+from ft_assets.monitoring.plots import label_shares
+from ft_assets.monitoring.relabel import rank
+from ft_assets.monitoring.traffic import compacted, day_bounds, embeddings
+from ft_assets.partitions import task_and_day, task_day_partitions
+from ft_assets.plots import drift_over_days
+from ft_resources.environments import Environment
+from ft_resources.errors import DataError
+from ft_resources.lake import Artefact, Lake, short
+from ft_resources.ledger import Ledger
+
+GROUP = "5_monitoring"
+DRIFT_VERSION = "1"
+
+
+@dg.asset(
+    partitions_def=task_day_partitions,
+    deps=["release"],
+    group_name=GROUP,
+    kinds={"parquet"},
+    code_version="1",
+)
+def served_traffic(
+    context: dg.AssetExecutionContext,
+    lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
+) -> dg.MaterializeResult[Any]:
+    """The day's answered requests with the labels that came back, compacted to Parquet."""
+    with typed_failures():
+        task, day = task_and_day(context.partition_key)
+        size = ledger.traffic_days(task).get(day, 0)  # before the rows: what arrives in between is asked for again
+        rows = compacted(ledger.predictions_between(task, *day_bounds(day)))
+
+        def write(folder: Path) -> None:
+            rows.to_parquet(folder / "traffic.parquet", index=False)
+
+        labelled = rows["true_label"].notna()
+        made_from = {"task": task, "day": day, "requests_and_labels": size, "rows": len(rows)}
+        artefact = publish(context, lake, (task, f"served_traffic/{day}"), "served_traffic", made_from, write)
+        right = (rows["label"] == rows["true_label"])[labelled]
+        return result(
+            artefact,
+            {
+                "requests": len(rows),
+                "labelled": int(labelled.sum()),
+                "accuracy_on_labelled": float(right.mean()) if len(right) else "no labels yet",
+                "answers": table(_shares(rows["label"])),
+                "latency_p95_ms": float(rows["latency_ms"].quantile(0.95)) if len(rows) else 0.0,
+            },
+        )
+
+
+@dg.asset(
+    partitions_def=task_day_partitions,
+    deps=[served_traffic],
+    group_name=GROUP,
+    kinds={"scipy"},
+    code_version=DRIFT_VERSION,
+)
+def drift_report(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
+) -> dg.MaterializeResult[Any]:
+    """Drift of inputs, predictions and confidence against the champion's evaluation; accuracy where labels came back.
+
+    Looks at the window of days that ends with the partition's day, and at the answers of the adapter that gave the
+    last of them.
+    """
+    with typed_failures():
+        name, day = task_and_day(context.partition_key)
+        task = task_named(environment, name)
+        policy = task.spec.monitoring
+        parts = _window(lake, name, day, policy.window_days)
+        traffic = pd.concat([part.parquet("traffic.parquet") for part in parts], ignore_index=True)
+        if traffic.empty:
+            raise DataError(
+                "no request was answered in the window", where=f"{name}, {day}", mend="Nothing to compare yet."
+            )
+        adapter = str(traffic.sort_values("event_time")["adapter"].iloc[-1])
+        rows = traffic[traffic["adapter"] == adapter]
+        release = next(one for one in reversed(ledger.releases(name)) if one["adapter"] == adapter)
+        report = lake.open(release["report"])
+        made_from = {
+            "task": name,
+            "day": day,
+            "served_traffic": [part.digest for part in parts],
+            "eval_report": report.digest,
+            "policy": policy.model_dump(mode="json", exclude={"retrain", "relabel_below", "relabel_limit"}),
+            "version": DRIFT_VERSION,
+        }
+
+        def write(folder: Path) -> None:
+            reference = _reference(report)
+            window = drifting.Window(embeddings(rows), rows["label"].tolist(), rows["confidence"].to_numpy())
+            shift = drifting.drift(
+                reference, window, policy.alpha, policy.permutations, seed=0, min_rows=policy.min_rows
+            )
+            labelled = rows[rows["true_label"].notna()]
+            accuracy = drifting.accuracy_on_labels(
+                labelled["label"].tolist(),
+                labelled["true_label"].tolist(),
+                parse_report(report).models["candidate"]["accuracy"].value,
+                policy.accuracy_drop,
+            )
+            found = {
+                "task": name,
+                "day": day,
+                "adapter": adapter,
+                "release": release["id"],
+                "alarm": shift.alarm or accuracy.alarm,
+                "drift": shift.model_dump(mode="json"),
+                "accuracy": accuracy.model_dump(mode="json"),
+            }
+            (folder / "drift.json").write_text(json.dumps(found, indent=1))
+            (folder / "labels.png").write_bytes(label_shares(reference, window))
+
+        artefact = publish(context, lake, (name, f"drift_report/{day}"), "drift_report", made_from, write)
+        found = artefact.json("drift.json")
+        return result(
+            artefact,
+            {
+                "alarm": found["alarm"],
+                "verdict": found["drift"]["verdict"],
+                "reasons": table(
+                    [{"reason": one} for one in [*found["drift"]["reasons"], found["accuracy"]["reason"]]]
+                ),
+                "tests": table([{"test": key, **one} for key, one in found["drift"]["tests"].items()]),
+                "adapter": short(adapter),
+                "answers": image(artefact.path("labels.png").read_bytes(), "answers"),
+                "over_time": image(_history(lake, name, day, policy.alpha), "drift"),
+            },
+        )
+
+
+@dg.asset(partitions_def=task_day_partitions, deps=[served_traffic, drift_report], group_name=GROUP, code_version="1")
+def relabel_queue(
+    context: dg.AssetExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
+) -> dg.MaterializeResult[Any]:
+    """The day's answers that are worth a human label, most uncertain first."""
+    with typed_failures():
+        name, day = task_and_day(context.partition_key)
+        policy = task_named(environment, name).spec.monitoring
+        traffic = lake.require(name, f"served_traffic/{day}")
+        queue = rank(traffic.parquet("traffic.parquet"), policy.relabel_below, policy.relabel_limit)
+
+        def write(folder: Path) -> None:
+            queue.drop(columns="embedding").to_parquet(folder / "queue.parquet", index=False)
+
+        made_from = {"served_traffic": traffic.digest, "below": policy.relabel_below, "limit": policy.relabel_limit}
+        artefact = publish(context, lake, (name, f"relabel_queue/{day}"), "relabel_queue", made_from, write)
+        first = queue.head(10)[["prediction_id", "label", "confidence"]].to_dict("records")
+        return result(artefact, {"rows": len(queue), "most_uncertain": table(first)})
+
+
+def read_drift(lake: Lake, task: str, day: str) -> dict[str, Any]:
+    """The drift report of a day as stored."""
+    found: dict[str, Any] = lake.require(task, f"drift_report/{day}").json("drift.json")
+    return found
+
+
+def _window(lake: Lake, task: str, day: str, days: int) -> list[Artefact]:
+    last = date.fromisoformat(day)
+    wanted = [(last - timedelta(days=back)).isoformat() for back in reversed(range(days))]
+    return [part for one in wanted if (part := lake.head(task, f"served_traffic/{one}")) is not None]
+
+
+def _reference(report: Artefact) -> drifting.Reference:
+    import numpy as np
+
+    with np.load(report.path("reference.npz"), allow_pickle=False) as stored:
+        return drifting.Reference(
+            stored["embeddings"].astype(np.float32), [str(one) for one in stored["labels"]], stored["confidence"]
+        )
+
+
+def _history(lake: Lake, task: str, last: str, alpha: float) -> bytes:
+    days = [day for day in lake.heads(task, "drift_report") if day <= last][-60:]
+    reports = [read_drift(lake, task, day) for day in days]
+    series = {
+        test: [one["drift"]["tests"].get(test, {}).get("adjusted_p") for one in reports] for test in drifting.TESTS
+    }
+    return drift_over_days([date.fromisoformat(day) for day in days], series, alpha)
+
+
+def _shares(values: pd.Series) -> list[dict[str, Any]]:
+    return [{"label": name, "share": f"{share:.1%}"} for name, share in values.value_counts(normalize=True).items()]

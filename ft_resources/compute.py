@@ -1,0 +1,100 @@
+"""Launching workers through Dagster Pipes: as a subprocess on this machine, or as a pod on Kubernetes."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import Field
+
+from ft_resources import errors
+from ft_resources.environments import Environment
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic CUDA kernels need
+}
+
+
+class WorkerDied(errors.FtError):
+    """A worker ended without a result: killed, out of memory, or a defect. Worth another try."""
+
+    code = "worker_died"
+
+
+class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Where training and evaluation run."""
+
+    kind: Literal["local", "kubernetes"] = Field("local", description="local: a subprocess; kubernetes: a pod.")
+    image: str = Field("", description="Image of the pod (kubernetes).")
+    namespace: str = Field("default", description="Namespace of the pod (kubernetes).")
+    gpus: int = Field(0, ge=0, description="nvidia.com/gpu limit of the pod (kubernetes).")
+    timeout_minutes: float = Field(240, gt=0, description="A pod that waits or runs longer is given up (kubernetes).")
+
+    def run(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Run `python -m module` with `job` and return what it reports.
+
+        Raises:
+            FtError: The typed error the worker reported.
+            WorkerDied: It ended without reporting anything.
+        """
+        try:
+            messages = self._launch(context, module, job)
+        except (RuntimeError, dg.DagsterError) as error:
+            raise _died(module, str(error)) from error
+        except Exception as error:
+            # Pipes raises its own error class, which dagster does not export: recognise it by name
+            if type(error).__name__ != "DagsterPipesExecutionError":
+                raise
+            raise _died(module, str(error)) from error
+        for message in messages:
+            if "error" in message:
+                raise _typed(message["error"])
+            if "result" in message:
+                result: dict[str, Any] = message["result"]
+                return result
+        raise _died(module, "it reported no result")
+
+    def _launch(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> list[Any]:
+        command = [sys.executable, "-m", module]
+        variables = {**Environment.read().variables(), **QUIET}
+        if self.kind == "local":
+            client = dg.PipesSubprocessClient(env=variables)
+            return list(client.run(context=context, command=command, extras={"job": dict(job)}).get_custom_messages())
+        from dagster_k8s import PipesK8sClient
+
+        pod = PipesK8sClient().run(
+            context=context,
+            image=self.image,
+            command=["python", "-m", module],
+            namespace=self.namespace,
+            env=variables,
+            base_pod_spec=self.pod_spec(),
+            extras={"job": dict(job)},
+            pod_wait_timeout=self.timeout_minutes * 60,
+        )
+        return list(pod.get_custom_messages())
+
+    def pod_spec(self) -> dict[str, Any]:
+        """The pod that a worker gets on Kubernetes: never restarted by the kubelet, limits stated."""
+        limits = {"nvidia.com/gpu": str(self.gpus)} if self.gpus else {}
+        return {
+            "restartPolicy": "Never",
+            "containers": [{"name": "dagster-pipes-execution", "resources": {"limits": limits}}],
+        }
+
+
+def _died(module: str, why: str) -> WorkerDied:
+    return WorkerDied(
+        f"the worker {module} ended without a result ({why})",
+        where="its output is in the run's compute log",
+        mend="Nothing was published. If it was killed for memory, lower training.batch_size or base.max_tokens and run again.",
+    )
+
+
+def _typed(description: Mapping[str, str]) -> errors.FtError:
+    kind = getattr(errors, description["type"], errors.FtError)
+    return kind(description["what"], where=description["where"], mend=description["mend"])

@@ -1,0 +1,318 @@
+"""The artefact store: immutable, content-addressed folders on a local disk or any fsspec URL.
+
+An object is a folder with a `manifest.json` that lists kind, what it was made from, and the SHA-256 of every file.
+Its digest is the SHA-256 of that manifest. Publishing is atomic: locally a folder is written aside, flushed and
+renamed; on an object store the manifest is written last, and an object without one does not exist. Every read
+verifies. Two kinds of small pointers make objects findable: keys (what it was made from -> digest) and heads
+(task and asset -> digest).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+
+from ft_resources.errors import ArtefactError
+
+MANIFEST = "manifest.json"
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON form of `value` that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def short(digest: str) -> str:
+    """The first 12 digits, as people see them."""
+    return digest[:12]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A verified object of the lake, as a local folder."""
+
+    digest: str
+    kind: str
+    made_from: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    folder: Path
+    uri: str
+
+    def path(self, name: str) -> Path:
+        if name not in self.files:
+            raise ArtefactError(
+                f"{self.kind} {short(self.digest)} has no file '{name}'", where=self.uri, mend=f"It has: {list(self.files)}"
+            )
+        return self.folder / name
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.path(name).read_bytes())
+
+    def parquet(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(self.path(name))
+
+
+class Lake:
+    """Publishes, finds and opens artefacts.
+
+    Args:
+        url: A local folder or an fsspec URL such as `s3://bucket/lake`.
+        cache: Where objects of a remote lake are kept once fetched; default a folder under the system's temp.
+    """
+
+    def __init__(self, url: str | Path, *, cache: Path | None = None) -> None:
+        self.url = str(url).rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        self.is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        self._cache = cache or Path(tempfile.gettempdir()) / f"ft-lake-{os.getuid()}" / name
+        self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    def publish(self, kind: str, folder: Path, made_from: Mapping[str, Any]) -> Artefact:
+        """Store a copy of `folder`; the same content made from the same things is stored once.
+
+        Raises:
+            ArtefactError: The disk is full or not writable. Nothing half-written is ever visible.
+        """
+        files = {name: {"sha256": _sha256(path), "size": path.stat().st_size} for name, path in _walk(folder)}
+        if not files:
+            raise ArtefactError(f"refusing to publish an empty {kind}", where=str(folder), mend="Write its files first.")
+        manifest = {"kind": kind, "made_from": dict(made_from), "files": files}
+        content = canonical(manifest)
+        digest = hashlib.sha256(content).hexdigest()
+        with self._writing(kind, digest):
+            if not self._fs.exists(self._object(digest, MANIFEST)):
+                if self.is_local:
+                    self._publish_local(folder, list(files), content, digest)
+                else:
+                    self._publish_remote(folder, list(files), content, digest)
+            artefact = self.open(digest)
+            self._write(self._key(kind, made_from), digest.encode())
+        return artefact
+
+    def _publish_local(self, folder: Path, names: list[str], manifest: bytes, digest: str) -> None:
+        final = Path(self._object(digest))
+        aside = Path(self._root) / "incoming" / uuid.uuid4().hex
+        try:
+            for name in names:
+                target = aside / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with (folder / name).open("rb") as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+                    _flush(sink)
+            with (aside / MANIFEST).open("wb") as sink:
+                sink.write(manifest)
+                _flush(sink)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if final.exists():  # an object whose manifest was lost: set it aside rather than mix two
+                final.rename(aside.with_name(aside.name + "-damaged"))
+            try:
+                aside.rename(final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # someone else just published the same
+                    raise
+            _flush_folder(final.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _publish_remote(self, folder: Path, names: list[str], manifest: bytes, digest: str) -> None:
+        for name in names:
+            target = self._object(digest, name)
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.put_file(str(folder / name), target)
+        self._fs.pipe_file(self._object(digest, MANIFEST), manifest)
+
+    @contextmanager
+    def _writing(self, kind: str, digest: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise ArtefactError(
+                f"{kind} {short(digest)} could not be written: {error.strerror or error}",
+                where=self.url,
+                mend="Free space there and run again; nothing was damaged."
+                if full
+                else "Check the path and its permissions and run again; nothing was damaged.",
+            ) from error
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def open(self, digest: str) -> Artefact:
+        """The object with this digest, verified file by file.
+
+        Raises:
+            ArtefactError: No such object, or its bytes are not those its digest promises.
+        """
+        folder = Path(self._object(digest)) if self.is_local else self._fetch(digest)
+        try:
+            content = (folder / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ArtefactError(
+                f"there is no artefact {short(digest)}", where=self.url, mend="Materialise the asset that makes it."
+            ) from None
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise self._damaged(digest, folder, MANIFEST)
+        manifest = json.loads(content)
+        self._verify(digest, folder, manifest["files"])
+        return Artefact(
+            digest, manifest["kind"], manifest["made_from"], manifest["files"], folder, f"{self.url}/{self._relative(digest)}"
+        )
+
+    def _verify(self, digest: str, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        try:
+            signature = tuple((stat.st_size, stat.st_mtime_ns) for stat in ((folder / name).stat() for name in files))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._damaged(digest, folder, Path(error.filename).name) from None
+        if self._verified.get(digest) == signature:
+            return
+        for name, entry in files.items():
+            if _sha256(folder / name) != entry["sha256"]:
+                raise self._damaged(digest, folder, name)
+        self._verified[digest] = signature
+
+    def _damaged(self, digest: str, folder: Path, name: str) -> ArtefactError:
+        return ArtefactError(
+            f"artefact {short(digest)} is damaged: '{name}' is not what its digest promises",
+            where=str(folder),
+            mend="Remove that folder and materialise the asset again, or restore it from a backup.",
+        )
+
+    def _fetch(self, digest: str) -> Path:
+        folder = self._cache / digest
+        if (folder / MANIFEST).is_file():
+            return folder
+        if not self._fs.exists(self._object(digest, MANIFEST)):
+            return folder
+        aside = self._cache / f"incoming-{uuid.uuid4().hex}"
+        manifest = self._fs.cat_file(self._object(digest, MANIFEST))
+        for name in json.loads(manifest)["files"]:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(self._object(digest, name), str(aside / name))
+        (aside / MANIFEST).write_bytes(manifest)
+        try:
+            aside.rename(folder)
+        except OSError:
+            shutil.rmtree(aside)  # another process fetched it meanwhile
+        return folder
+
+    def find(self, kind: str, made_from: Mapping[str, Any]) -> Artefact | None:
+        """The object of this kind that was made from exactly these things, if it was made before and is intact."""
+        try:
+            digest = self._read(self._key(kind, made_from))
+            return self.open(digest.decode()) if digest else None
+        except ArtefactError:
+            return None  # lost or damaged: it has to be made again
+
+    # -- pointers -----------------------------------------------------------------------------------------------
+
+    def set_head(self, task: str, asset: str, digest: str, run_id: str) -> None:
+        """Point `asset` of `task` at `digest`; `run_id` says which run did."""
+        head = {"digest": digest, "run_id": run_id, "at": datetime.now(UTC).isoformat()}
+        with self._writing("pointer", digest):
+            self._write(self._head(task, asset), canonical(head))
+
+    def head(self, task: str, asset: str) -> Artefact | None:
+        """The artefact that `asset` of `task` points at, verified; None before its first materialisation."""
+        content = self._read(self._head(task, asset))
+        return self.open(json.loads(content)["digest"]) if content else None
+
+    def head_time(self, task: str, asset: str) -> datetime | None:
+        """When `asset` of `task` was last materialised."""
+        content = self._read(self._head(task, asset))
+        return datetime.fromisoformat(json.loads(content)["at"]) if content else None
+
+    def require(self, task: str, asset: str) -> Artefact:
+        """Like `head`, but an asset that was never materialised is an error that names it."""
+        artefact = self.head(task, asset)
+        if artefact is None:
+            raise ArtefactError(
+                f"'{asset}' of task '{task}' was never materialised", where=self.url, mend=f"Materialise {asset} first."
+            )
+        return artefact
+
+    def heads(self, task: str, asset: str) -> list[str]:
+        """Names directly below a head such as `drift_report`, sorted: the days that have one."""
+        folder = self._head(task, asset).removesuffix(".json")
+        if not self._fs.exists(folder):
+            return []
+        return sorted(Path(name).stem for name in self._fs.ls(folder, detail=False) if str(name).endswith(".json"))
+
+    # -- paths --------------------------------------------------------------------------------------------------
+
+    def _relative(self, digest: str, name: str = "") -> str:
+        return f"objects/{digest[:2]}/{digest}" + (f"/{name}" if name else "")
+
+    def _object(self, digest: str, name: str = "") -> str:
+        return f"{self._root}/{self._relative(digest, name)}"
+
+    def _key(self, kind: str, made_from: Mapping[str, Any]) -> str:
+        return f"{self._root}/keys/{kind}/{digest_of(dict(made_from))}"
+
+    def _head(self, task: str, asset: str) -> str:
+        return f"{self._root}/heads/{task}/{asset}.json"
+
+    def _write(self, path: str, content: bytes) -> None:
+        if not self.is_local:
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(path, content)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            with aside.open("wb") as sink:
+                sink.write(content)
+                _flush(sink)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _read(self, path: str) -> bytes | None:
+        try:
+            return bytes(self._fs.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _walk(folder: Path) -> list[tuple[str, Path]]:
+    return sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,387 @@
+"""The store of decisions and events: releases, routes, predictions, feedback, audit.
+
+SQLite in WAL mode by default, PostgreSQL in production; the schema is kept by Alembic (`migrations/`). A write
+transaction of SQLite takes the write lock at its start, so that writers queue instead of failing half-way.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import sqlalchemy as sa
+
+from ft_resources import ledger_schema as schema
+from ft_resources.errors import ArtefactError, GateRefusal, RequestError
+
+GENESIS = "0" * 64
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Ledger:
+    """Opens the ledger and brings its schema up to date.
+
+    Args:
+        url: SQLAlchemy URL, such as `sqlite:////data/ledger.db` or `postgresql+psycopg2://...`.
+
+    Raises:
+        ArtefactError: The database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parsed = sa.make_url(url)
+        self._sqlite = parsed.get_backend_name() == "sqlite"
+        if self._sqlite and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        self._engine = sa.create_engine(url, **({"connect_args": {"timeout": 60}} if self._sqlite else {}))
+        if self._sqlite:
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        try:
+            schema.upgrade(self._engine, url)
+        except sa.exc.DatabaseError as error:
+            raise ArtefactError(
+                f"the ledger cannot be opened: {error.orig}",
+                where=parsed.render_as_string(hide_password=True),
+                mend="Check that it is a database of this platform and that it can be written.",
+            ) from error
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._read() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    # -- releases and routes ------------------------------------------------------------------------------------
+
+    def record_release(
+        self,
+        *,
+        task: str,
+        kind: str,
+        adapter: str,
+        base: str,
+        report: str | None,
+        model_version: str,
+        bento: str | None,
+        actor: str,
+        because: str,
+        decision: Mapping[str, Any],
+        expected_live: str | None,
+    ) -> dict[str, Any]:
+        """One decision, its route and its audit event, in one transaction: from now on `adapter` answers.
+
+        Args:
+            kind: `release`, `approval` (a person overruled a gate) or `rollback`.
+            adapter: Digest of the adapter; `base` the reference of its base model.
+            expected_live: Release id the decision was taken against; None for a first release.
+
+        Returns:
+            The release.
+
+        Raises:
+            GateRefusal: Another release became live meanwhile.
+        """
+        release = {
+            "id": f"rel-{uuid.uuid4().hex[:12]}",
+            "task": task,
+            "kind": kind,
+            "adapter": adapter,
+            "report": report,
+            "model_version": model_version,
+            "bento": bento,
+            "actor": actor,
+            "because": because,
+            "decision": dict(decision),
+            "created_at": now(),
+        }
+        share = {"adapter": adapter, "model_version": model_version, "release_id": release["id"], "base": base, "share": 1.0}
+        route = {
+            "task": task,
+            "release_id": release["id"],
+            "plan": {"shares": [share], "shadow": []},
+            "actor": actor,
+            "created_at": release["created_at"],
+        }
+        newest = sa.select(schema.routes.c.release_id).where(schema.routes.c.task == task)
+        with self._write() as connection:
+            self._serialise(connection)
+            live = connection.execute(newest.order_by(schema.routes.c.revision.desc()).limit(1)).scalar()
+            if live != expected_live:
+                raise GateRefusal(
+                    f"release {live} became live while this one was decided against {expected_live}",
+                    where=f"release of {task}",
+                    mend="Evaluate again against the adapter that is live now.",
+                )
+            connection.execute(schema.releases.insert().values(**release))
+            connection.execute(schema.routes.insert().values(**route))
+            self._audit(connection, actor, kind, task, release["id"], {"adapter": adapter, "because": because})
+        return release
+
+    def releases(self, task: str) -> list[dict[str, Any]]:
+        """Every decision of `task`, oldest first: the history of what was live when."""
+        table = schema.releases
+        return self._rows(sa.select(table).where(table.c.task == task).order_by(table.c.created_at, table.c.id))
+
+    def route(self, task: str) -> dict[str, Any] | None:
+        """The route in force, or None before the first release."""
+        table = schema.routes
+        query = sa.select(table).where(table.c.task == task).order_by(table.c.revision.desc()).limit(1)
+        rows = self._rows(query)
+        return rows[0] if rows else None
+
+    def routes(self) -> dict[str, dict[str, Any]]:
+        """The route in force of every task."""
+        table = schema.routes
+        newest = sa.select(sa.func.max(table.c.revision)).group_by(table.c.task)
+        return {row["task"]: row for row in self._rows(sa.select(table).where(table.c.revision.in_(newest)))}
+
+    def route_revision(self) -> int:
+        """A number that grows with every change of any route; 0 before the first."""
+        with self._read() as connection:
+            return int(connection.execute(sa.select(sa.func.max(schema.routes.c.revision))).scalar() or 0)
+
+    def live_release(self, task: str) -> dict[str, Any] | None:
+        """The decision that the route in force comes from."""
+        route = self.route(task)
+        if route is None:
+            return None
+        table = schema.releases
+        return self._rows(sa.select(table).where(table.c.id == route["release_id"]))[0]
+
+    def live_at(self, task: str, moment: datetime) -> dict[str, Any] | None:
+        """The route that was in force at `moment`."""
+        table = schema.routes
+        query = (
+            sa.select(table)
+            .where(table.c.task == task, table.c.created_at <= moment)
+            .order_by(table.c.revision.desc())
+            .limit(1)
+        )
+        rows = self._rows(query)
+        return rows[0] if rows else None
+
+    # -- approvals ----------------------------------------------------------------------------------------------
+
+    def approve(self, *, task: str, adapter: str, report: str, actor: str, because: str) -> None:
+        """Record that a person overrules the gates for exactly this adapter and report."""
+        with self._write() as connection:
+            connection.execute(
+                schema.approvals.insert().values(
+                    task=task, adapter=adapter, report=report, actor=actor, because=because, created_at=now()
+                )
+            )
+            self._audit(connection, actor, "approve", task, adapter, {"report": report, "because": because})
+
+    def approval(self, *, task: str, adapter: str, report: str) -> dict[str, Any] | None:
+        """The newest approval of exactly this adapter on exactly this report."""
+        table = schema.approvals
+        query = (
+            sa.select(table)
+            .where(table.c.task == task, table.c.adapter == adapter, table.c.report == report)
+            .order_by(table.c.id.desc())
+            .limit(1)
+        )
+        rows = self._rows(query)
+        return rows[0] if rows else None
+
+    # -- predictions and feedback -------------------------------------------------------------------------------
+
+    def log_predictions(self, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """Store answered requests, all or none, durable when this returns. Keys: the columns of `predictions`."""
+        if not predictions:
+            return
+        with self._write() as connection:
+            connection.execute(schema.predictions.insert(), [dict(row) for row in predictions])
+
+    def prediction(self, prediction_id: str) -> dict[str, Any]:
+        """One answered request.
+
+        Raises:
+            RequestError: `unknown_prediction`.
+        """
+        table = schema.predictions
+        rows = self._rows(sa.select(table).where(table.c.id == prediction_id))
+        if not rows:
+            raise RequestError(
+                "unknown_prediction",
+                f"there is no prediction '{prediction_id[:64]}'",
+                status=404,
+                mend="Send the prediction_id that /predict answered with.",
+            )
+        return rows[0]
+
+    def predictions_between(self, task: str, start: datetime, end: datetime) -> pd.DataFrame:
+        """Answered requests with start <= event_time < end, oldest first, with feedback joined.
+
+        Columns: those of `predictions`, and `true_label`, `rating` of the newest feedback (None without).
+        """
+        table = schema.predictions
+        query = (
+            sa.select(table)
+            .where(table.c.task == task, table.c.event_time >= start, table.c.event_time < end)
+            .order_by(table.c.event_time, table.c.id)
+        )
+        frame = pd.DataFrame(self._rows(query), columns=[column.name for column in table.c])
+        feedback = self._feedback(task)
+        frame["true_label"] = frame["id"].map({key: row["label"] for key, row in feedback.items() if row["label"]})
+        frame["rating"] = frame["id"].map({key: row["rating"] for key, row in feedback.items() if row["rating"]})
+        return frame
+
+    def traffic_days(self, task: str) -> dict[str, int]:
+        """Days (UTC, ISO) with answered requests -> requests plus feedback of that day, which grows as labels arrive."""
+        predictions, feedback = schema.predictions, schema.feedback
+        answered = sa.select(predictions.c.event_time).where(predictions.c.task == task)
+        labelled = (
+            sa.select(predictions.c.event_time)
+            .join(feedback, feedback.c.prediction_id == predictions.c.id)
+            .where(predictions.c.task == task)
+        )
+        days: dict[str, int] = {}
+        for query in (answered, labelled):
+            for row in self._rows(query):
+                day = row["event_time"].date().isoformat()
+                days[day] = days.get(day, 0) + 1
+        return days
+
+    def add_feedback(
+        self, *, prediction_id: str, label: str | None, rating: int | None, author: str, at: datetime | None = None
+    ) -> bool:
+        """Store what a person says of an answer; False when exactly that is known already.
+
+        Raises:
+            RequestError: `unknown_prediction`.
+        """
+        prediction = self.prediction(prediction_id)
+        table = schema.feedback
+        same = sa.select(table).where(
+            table.c.prediction_id == prediction_id,
+            table.c.author == author,
+            table.c.label.is_not_distinct_from(label),
+            table.c.rating.is_not_distinct_from(rating),
+        )
+        with self._write() as connection:
+            if connection.execute(same).first():
+                return False
+            connection.execute(
+                table.insert().values(
+                    prediction_id=prediction_id,
+                    task=prediction["task"],
+                    label=label,
+                    rating=rating,
+                    author=author,
+                    created_at=at or now(),
+                )
+            )
+        return True
+
+    def _feedback(self, task: str) -> dict[str, dict[str, Any]]:
+        table = schema.feedback
+        newest: dict[str, dict[str, Any]] = {}
+        for row in self._rows(sa.select(table).where(table.c.task == task).order_by(table.c.id)):
+            known = newest.setdefault(row["prediction_id"], {"label": None, "rating": None, "author": "", "version": 1})
+            known["rating"] = row["rating"] if row["rating"] is not None else known["rating"]
+            if row["label"] is not None:
+                known.update(label=row["label"], author=row["author"], version=known["version"] + 1)
+        return newest
+
+    def feedback_rows(self, task: str) -> pd.DataFrame:
+        """Requests whose label came back, as raw rows (see `ft_assets.data.rows`), oldest event first."""
+        table, feedback = schema.predictions, self._feedback(task)
+        labelled = {key: row for key, row in feedback.items() if row["label"] is not None}
+        answered = sa.select(schema.feedback.c.prediction_id).where(schema.feedback.c.task == task)
+        query = sa.select(table.c.id, table.c.input, table.c.event_time).where(table.c.id.in_(answered))
+        rows = [row for row in self._rows(query.order_by(table.c.event_time, table.c.id)) if row["id"] in labelled]
+        return pd.DataFrame(
+            {
+                "row_id": [hashlib.sha256(row["input"].encode()).hexdigest()[:32] for row in rows],
+                "text": [row["input"] for row in rows],
+                "label": [labelled[row["id"]]["label"] for row in rows],
+                "source": [f"feedback:{row['id']}" for row in rows],
+                "event_time": pd.Series([row["event_time"] for row in rows], dtype="datetime64[us, UTC]"),
+                "label_version": pd.Series([labelled[row["id"]]["version"] for row in rows], dtype="int64"),
+                "annotator": [labelled[row["id"]]["author"] for row in rows],
+                "origin": ["feedback"] * len(rows),
+            }
+        )
+
+    # -- audit --------------------------------------------------------------------------------------------------
+
+    def audit(self, actor: str, action: str, task: str, subject: str, detail: Mapping[str, Any]) -> None:
+        """Append an event to the hash chain."""
+        with self._write() as connection:
+            self._audit(connection, actor, action, task, subject, detail)
+
+    def _serialise(self, connection: sa.Connection) -> None:
+        """Writers of decisions take turns; SQLite's BEGIN IMMEDIATE does that already."""
+        if not self._sqlite:
+            connection.exec_driver_sql("LOCK TABLE audit IN EXCLUSIVE MODE")
+
+    def _audit(
+        self, connection: sa.Connection, actor: str, action: str, task: str, subject: str, detail: Mapping[str, Any]
+    ) -> None:
+        table = schema.audit
+        self._serialise(connection)
+        last = connection.execute(sa.select(table.c.hash).order_by(table.c.id.desc()).limit(1)).scalar() or GENESIS
+        event = {
+            "at": now().isoformat(),
+            "actor": actor,
+            "action": action,
+            "task": task,
+            "subject": subject,
+            "detail": json.dumps(dict(detail), sort_keys=True),
+        }
+        connection.execute(table.insert().values(**event, previous_hash=last, hash=_chain(last, event)))
+
+    def audit_events(self, task: str | None = None) -> list[dict[str, Any]]:
+        """Events oldest first.
+
+        Raises:
+            ArtefactError: An event was changed, removed or inserted after the fact.
+        """
+        previous = GENESIS
+        events = self._rows(sa.select(schema.audit).order_by(schema.audit.c.id))
+        for row in events:
+            event = {key: row[key] for key in ("at", "actor", "action", "task", "subject", "detail")}
+            if row["previous_hash"] != previous or row["hash"] != _chain(previous, event):
+                raise ArtefactError(
+                    f"audit event {row['id']} does not continue the chain",
+                    where=sa.make_url(self.url).render_as_string(hide_password=True),
+                    mend="Events were tampered with; compare with a backup.",
+                )
+            previous = row["hash"]
+        return [row for row in events if task is None or row["task"] == task]
+
+
+def _chain(previous: str, event: Mapping[str, str]) -> str:
+    return hashlib.sha256((previous + json.dumps(dict(event), sort_keys=True)).encode()).hexdigest()
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # SQLAlchemy's begin event above opens transactions, not the driver
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=60000")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()

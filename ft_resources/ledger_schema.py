@@ -1,0 +1,152 @@
+"""Tables of the ledger, and bringing a database to the newest schema with Alembic."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+
+class UtcTime(sa.TypeDecorator[datetime]):
+    """Aware datetimes in, aware UTC datetimes out, on databases with and without time zones."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+metadata = sa.MetaData()
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+releases = sa.Table(
+    "releases",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("task", sa.String(128), nullable=False, index=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("adapter", sa.String(64), nullable=False),
+    sa.Column("report", sa.String(64)),
+    sa.Column("model_version", sa.String(32), nullable=False),
+    sa.Column("bento", sa.String(128)),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("because", sa.Text, nullable=False),
+    sa.Column("decision", sa.JSON, nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+)
+routes = sa.Table(
+    "routes",
+    metadata,
+    sa.Column("revision", _Id, primary_key=True, autoincrement=True),
+    sa.Column("task", sa.String(128), nullable=False, index=True),
+    sa.Column("release_id", sa.String(64), sa.ForeignKey("releases.id"), nullable=False),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+)
+approvals = sa.Table(
+    "approvals",
+    metadata,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("task", sa.String(128), nullable=False),
+    sa.Column("adapter", sa.String(64), nullable=False),
+    sa.Column("report", sa.String(64), nullable=False),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("because", sa.Text, nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+)
+predictions = sa.Table(
+    "predictions",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("task", sa.String(128), nullable=False),
+    sa.Column("release_id", sa.String(64), nullable=False),
+    sa.Column("adapter", sa.String(64), nullable=False),
+    sa.Column("model_version", sa.String(32), nullable=False),
+    sa.Column("input", sa.Text, nullable=False),
+    sa.Column("label", sa.String(256), nullable=False),
+    sa.Column("confidence", sa.Float, nullable=False),
+    sa.Column("probabilities", sa.JSON, nullable=False),
+    sa.Column("embedding", sa.LargeBinary, nullable=False),  # float16 [hidden], the pooled state behind the answer
+    sa.Column("caller", sa.String(128)),
+    sa.Column("trace_id", sa.String(32), nullable=False),
+    sa.Column("latency_ms", sa.Float, nullable=False),
+    sa.Column("event_time", UtcTime, nullable=False),
+    sa.Column("answered_at", UtcTime, nullable=False),
+    sa.Index("predictions_by_task_and_time", "task", "event_time"),
+)
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("prediction_id", sa.String(32), sa.ForeignKey("predictions.id"), nullable=False, index=True),
+    sa.Column("task", sa.String(128), nullable=False, index=True),
+    sa.Column("label", sa.String(256)),
+    sa.Column("rating", sa.Integer),
+    sa.Column("author", sa.String(128), nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+)
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("task", sa.String(128), nullable=False),
+    sa.Column("subject", sa.String(128), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("previous_hash", sa.String(64), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+)
+
+
+def upgrade(engine: sa.Engine, url: str) -> None:
+    """Run the migrations that `engine`'s database lacks; processes that start together take turns."""
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    newest = ScriptDirectory.from_config(config).get_current_head()
+    if _revision(engine) == newest:
+        return
+    with _turn(engine, url), engine.connect() as connection:
+        if _revision(engine) == newest:
+            return
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(engine: sa.Engine) -> str | None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+
+
+def _turn(engine: sa.Engine, url: str) -> Any:
+    database = sa.make_url(url).database
+    if engine.dialect.name == "sqlite" and database:
+        from filelock import FileLock
+
+        return FileLock(f"{database}.migration-lock")
+    return _advisory_lock(engine)
+
+
+def _advisory_lock(engine: sa.Engine) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def lock() -> Any:
+        with engine.connect() as connection:
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_lock(20021001)")
+            yield
+
+    return lock()

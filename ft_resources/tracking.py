@@ -1,0 +1,184 @@
+"""MLflow: one run per adapter with its steps, and one registered version per adapter with aliases.
+
+Imports mlflow when used, never at module level, and not in the code location's process before an asset needs it.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ft_resources.errors import ArtefactError
+
+EXPERIMENT_PREFIX = "ft/"
+
+
+def client(uri: str) -> Any:
+    """An `MlflowClient` for `uri`; a SQLite store's folder is created."""
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class TrackedRun:
+    """An MLflow run that is being written. Steps are buffered and sent about once a second."""
+
+    def __init__(self, uri: str, task: str, name: str, tags: Mapping[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self._client = client(uri)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT_PREFIX + task)
+        if experiment is not None:
+            identity = experiment.experiment_id
+        else:
+            location = _artifact_location(uri, task)
+            try:
+                identity = self._client.create_experiment(EXPERIMENT_PREFIX + task, artifact_location=location)
+            except MlflowException:  # another run of this task created it meanwhile
+                identity = self._client.get_experiment_by_name(EXPERIMENT_PREFIX + task).experiment_id
+        self._run = self._client.create_run(identity, run_name=name, tags=dict(tags))
+        self.run_id: str = self._run.info.run_id
+        self.experiment_id: str = identity
+        self._buffer: list[Any] = []
+        self._sent = time.monotonic()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)[:500]) for key, value in values.items()]
+        self._client.log_batch(self.run_id, params=entries)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        at = int(time.time() * 1000)
+        self._buffer += [Metric(key, value, at, step) for key, value in values.items()]
+        if time.monotonic() - self._sent > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        for start in range(0, len(self._buffer), 1000):
+            self._client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
+        self._buffer.clear()
+        self._sent = time.monotonic()
+
+    def finish(self, status: str, artifacts: Path | None = None, tags: Mapping[str, str] | None = None) -> None:
+        """Close the run as `FINISHED` or `FAILED`, with a folder of artifacts and further tags."""
+        self.flush()
+        for key, value in (tags or {}).items():
+            self._client.set_tag(self.run_id, key, value)
+        if artifacts is not None:
+            self._client.log_artifacts(self.run_id, str(artifacts), "adapter")
+        self._client.set_terminated(self.run_id, status)
+
+
+def _artifact_location(uri: str, task: str) -> str | None:
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / task).as_uri()
+
+
+class ModelRegistry:
+    """Registered versions of a task's adapters. The registered name is the task's full name.
+
+    Args:
+        uri: MLflow tracking and registry URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def version_of(self, task: str, adapter: str) -> str | None:
+        """The version that was registered for this adapter digest."""
+        found = client(self.uri).search_model_versions(f"name='{task}' and tags.adapter='{adapter}'")
+        return str(max(int(version.version) for version in found)) if found else None
+
+    def run_of(self, task: str, adapter: str) -> str:
+        """The MLflow run that trained this adapter.
+
+        Raises:
+            ArtefactError: The tracker does not know one.
+        """
+        connection = client(self.uri)
+        experiment = connection.get_experiment_by_name(EXPERIMENT_PREFIX + task)
+        runs = (
+            connection.search_runs([experiment.experiment_id], f"tags.adapter = '{adapter}'", max_results=1)
+            if experiment is not None
+            else []
+        )
+        if not runs:
+            raise ArtefactError(
+                f"no MLflow run made adapter {adapter[:12]}",
+                where=self.uri,
+                mend="The tracker was changed or emptied since the training: restore it, or train with another seed.",
+            )
+        return str(runs[0].info.run_id)
+
+    def register(
+        self, task: str, adapter: str, *, run_id: str, source: str, card: Mapping[str, str], tags: Mapping[str, str]
+    ) -> str:
+        """The version for `adapter`, created unless it exists; the card's files go to the MLflow run, newest card last.
+
+        Returns:
+            The version number as a string.
+        """
+        from mlflow.exceptions import MlflowException
+
+        connection = client(self.uri)
+        for name, text in card.items():
+            connection.log_text(run_id, text, f"card/{name}")
+        existing = self.version_of(task, adapter)
+        if existing is not None:
+            for key, value in tags.items():
+                connection.set_model_version_tag(task, existing, key, value)
+            return existing
+        try:
+            connection.create_registered_model(task, description=f"Adapters of task {task}")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = connection.create_model_version(
+            task,
+            source=source,
+            run_id=run_id,
+            tags={"adapter": adapter, **tags},
+            description=card.get("model_card.md", "")[:5000],
+        )
+        return str(version.version)
+
+    def card(self, task: str, version: str) -> dict[str, Any]:
+        """The JSON model card of a version.
+
+        Raises:
+            ArtefactError: The version has no card.
+        """
+        from mlflow.artifacts import load_dict
+        from mlflow.exceptions import MlflowException
+
+        connection = client(self.uri)
+        run_id = connection.get_model_version(task, version).run_id
+        location = connection.get_run(run_id).info.artifact_uri
+        try:
+            card: dict[str, Any] = load_dict(f"{location}/card/model_card.json")
+        except MlflowException as error:
+            raise ArtefactError(
+                f"version {version} of '{task}' has no model card", where=self.uri, mend="Materialise model_version again."
+            ) from error
+        return card
+
+    def set_alias(self, task: str, alias: str, version: str) -> None:
+        """Point `alias` at `version`; an alias points at one version, so the earlier one loses it."""
+        client(self.uri).set_registered_model_alias(task, alias, version)
+
+    def alias(self, task: str, alias: str) -> str | None:
+        """The version that `alias` points at, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(client(self.uri).get_model_version_by_alias(task, alias).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise

@@ -1,0 +1,185 @@
+"""The engine against plain peft, and adapters against each other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bento.devices import pick_device
+from bento.engine import Engine
+from ft_resources.errors import ServiceError
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+@pytest.fixture(scope="module")
+def folders(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        A: workshop.write(root / "a", task="t1", seed=1, rank=4),
+        B: workshop.write(
+            root / "b",
+            task="t2",
+            labels=("x", "y", "z"),
+            seed=2,
+            rank=8,
+            targets="all-linear",
+            rslora=True,
+            pooling="cls",
+            temperature=2.5,
+        ),
+        C: workshop.write(
+            root / "c",
+            task="t3",
+            seed=3,
+            rank=2,
+            targets=("dense", "key"),
+            max_tokens=24,
+            rank_pattern={"layer.0.attention.self.key": 6},
+            alpha_pattern={"layer.0.attention.self.key": 3, r"layer\.[12]\..*dense": 9},
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def engine(workshop: Any, folders: dict[str, Path]) -> Engine:
+    engine = Engine(workshop.base, precision="fp32", device="cpu")
+    for digest, folder in folders.items():
+        engine.load(digest, folder)
+    return engine
+
+
+def probabilities(engine: Engine, digest: str, texts: tuple[str, ...]) -> np.ndarray:
+    return np.stack([one.probabilities for one in engine.score([(text, digest) for text in texts])])
+
+
+@pytest.mark.parametrize("digest", [A, B, C])
+def test_answers_are_those_of_plain_peft(workshop: Any, engine: Engine, folders: dict[str, Path], digest: str) -> None:
+    expected = workshop.peft_probabilities(folders[digest], workshop.texts)
+    assert np.ptp(expected, axis=0).max() > 0.1, "the random head should tell the texts apart"
+    np.testing.assert_allclose(probabilities(engine, digest, workshop.texts), expected, atol=1e-5)
+
+
+def test_a_mixed_batch_equals_single_answers_in_the_callers_order(workshop: Any, engine: Engine) -> None:
+    items = [(text, digest) for text in workshop.texts for digest in (C, A, B)]
+    mixed = engine.score(items)
+    for item, answer in zip(items, mixed, strict=True):
+        (alone,) = engine.score([item])
+        assert answer.labels == alone.labels
+        np.testing.assert_allclose(answer.probabilities, alone.probabilities, atol=1e-5)
+        np.testing.assert_allclose(answer.embedding, alone.embedding, atol=2e-3)
+        assert answer.confidence == pytest.approx(answer.probabilities.max())
+        assert answer.label == answer.labels[int(answer.probabilities.argmax())]
+        assert answer.embedding.dtype == np.float16
+        assert answer.embedding.shape == (384,)
+
+
+def test_nothing_of_an_unloaded_adapter_stays(
+    workshop: Any, engine: Engine, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = workshop.write(tmp_path / "other", task="t1", seed=99, rank=4)
+    before = probabilities(engine, A, workshop.texts)
+    fresh = Engine(workshop.base, precision="fp32", device="cpu")
+    fresh.load(A, folders[A])
+    fresh.unload(A)
+    with pytest.raises(ServiceError, match="not loaded"):
+        fresh.score([("text", A)])
+    fresh.load(B, other)
+    np.testing.assert_allclose(
+        probabilities(fresh, B, workshop.texts), workshop.peft_probabilities(other, workshop.texts), atol=1e-5
+    )
+    assert np.abs(probabilities(fresh, B, workshop.texts) - before).max() > 0.05
+
+
+def test_a_text_encoded_before_the_unload_is_still_answered(
+    workshop: Any, engine: Engine, folders: dict[str, Path]
+) -> None:
+    expected = engine.score([(workshop.texts[0], A)])[0].probabilities
+    encoded = engine.encode([workshop.texts[0]], engine.adapter(A))
+    engine.unload(A)
+    try:
+        np.testing.assert_allclose(engine.run(encoded)[0].probabilities, expected, atol=1e-5)
+    finally:
+        engine.load(A, folders[A])
+
+
+def test_bf16_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, folders: dict[str, Path]) -> None:
+    half = Engine(workshop.base, precision="bf16", device="cpu")
+    half.load(A, folders[A])
+    exact, rounded = probabilities(engine, A, workshop.texts), probabilities(half, A, workshop.texts)
+    clear = np.abs(exact[:, 0] - 0.5) > 0.1
+    assert clear.sum() >= 3
+    assert (exact.argmax(1) == rounded.argmax(1))[clear].all()
+    assert np.abs(exact - rounded).max() < 0.1
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def drop_tensor(path: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(name)}, path)
+
+
+def put_tensor(path: Path, name: str, shape: tuple[int, ...], value: float) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_file({**load_file(path), name: torch.full(shape, value)}, path)
+
+
+QUERY = "base_model.model.encoder.layer.3.attention.self.query.lora_"
+DAMAGE = {
+    "cut short": lambda f: (f / "adapter_model.safetensors").write_bytes(
+        (f / "adapter_model.safetensors").read_bytes()[:-100]
+    ),
+    "pickle in place of safetensors": lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04K*."),
+    "A without B": lambda f: drop_tensor(f / "adapter_model.safetensors", "layer.3.attention.self.query.lora_B.weight"),
+    "wrong width": lambda f: put_tensor(f / "adapter_model.safetensors", QUERY + "A.weight", (4, 383), 0.1),
+    "not finite": lambda f: put_tensor(f / "adapter_model.safetensors", QUERY + "A.weight", (4, 384), float("nan")),
+    "unknown layer": lambda f: [
+        put_tensor(f / "adapter_model.safetensors", f"base_model.model.encoder.layer.9.dense.lora_{p}.weight", s, 0.1)
+        for p, s in (("A", (4, 384)), ("B", (384, 4)))
+    ],
+    "head of another width": lambda f: put_tensor(f / "head.safetensors", "weight", (2, 100), 0.1),
+    "head without a label": lambda f: edit_json(f / "adapter.json", labels=["a", "b", "c"]),
+    "no labels": lambda f: edit_json(f / "adapter.json", labels=[]),
+    "another base": lambda f: edit_json(f / "adapter.json", base={"model": "other", "digest": "0" * 64}),
+    "too long": lambda f: edit_json(f / "adapter.json", max_tokens=100_000),
+    "another type": lambda f: edit_json(f / "adapter.json", type="text-generation"),
+    "no manifest": lambda f: (f / "adapter.json").unlink(),
+    "dora": lambda f: edit_json(f / "adapter_config.json", use_dora=True),
+    "trained bias": lambda f: edit_json(f / "adapter_config.json", bias="lora_only"),
+    "trained modules": lambda f: edit_json(f / "adapter_config.json", modules_to_save=["pooler"]),
+    "pissa": lambda f: edit_json(f / "adapter_config.json", init_lora_weights="pissa"),
+    "an option of the future": lambda f: edit_json(f / "adapter_config.json", use_something_new=True),
+    "another method": lambda f: edit_json(f / "adapter_config.json", peft_type="IA3"),
+    "not JSON": lambda f: (f / "adapter_config.json").write_bytes(b"{"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_cannot_be_served_is_refused_and_changes_nothing(
+    workshop: Any, engine: Engine, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(folders[A], tmp_path / "adapter")
+    before, loaded = probabilities(engine, A, workshop.texts), engine.loaded
+    DAMAGE[name](folder)
+    with pytest.raises(ServiceError) as caught:
+        engine.load("d" * 64, folder)
+    assert str(folder) in caught.value.where
+    assert caught.value.mend
+    assert engine.loaded == loaded
+    np.testing.assert_array_equal(probabilities(engine, A, workshop.texts), before)
+
+
+def test_an_absent_device_is_refused() -> None:
+    with pytest.raises(ServiceError, match="is not available"):
+        pick_device("tpu")
+    assert pick_device("cpu").type == "cpu"
