@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
@@ -62,6 +62,13 @@ class BaseReference(pydantic.BaseModel):
     digest: str
 
 
+class Preparation(pydantic.BaseModel):
+    """What `bento.preparation.prepare` does to a text, as it was done to the training rows."""
+
+    pii: tuple[str, ...] = ()
+    max_chars: Annotated[int, pydantic.Field(ge=1)] = 20_000
+
+
 class Manifest(pydantic.BaseModel):
     """`adapter.json`: how the adapter turns text into a label."""
 
@@ -73,6 +80,7 @@ class Manifest(pydantic.BaseModel):
     max_tokens: int = pydantic.Field(ge=3)
     pooling: Literal["mean", "cls"]
     temperature: float = pydantic.Field(gt=0, allow_inf_nan=False)
+    preparation: Preparation = Preparation()
 
     @pydantic.field_validator("labels")
     @classmethod

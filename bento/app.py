@@ -28,7 +28,7 @@ from ft_resources.errors import RequestError
 
 if TYPE_CHECKING:
     from bento.batcher import Batcher
-    from bento.engine import Scored
+    from bento.classify import Scored
     from bento.request_log import Prediction
     from bento.route_watcher import RouteWatcher
     from bento.scorer import Piece, Scorer

@@ -17,6 +17,7 @@ from bento.adapter_files import AdapterFiles, Manifest, read_adapter
 from bento.classify import Scored, classify, passes, pooled_states
 from bento.devices import PASS_TOKENS, fast_matmul, pick_device, pick_dtype
 from bento.multi_lora import Segments, Update, wrap_linears
+from bento.preparation import prepare
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -145,8 +146,10 @@ class Engine:
         return self.run([one for one in encoded if one is not None])
 
     def encode(self, texts: Sequence[str], adapter: Adapter) -> list[Encoded]:
-        """Token ids of each text, cut to the adapter's `max_tokens`. Safe in any thread."""
-        return [Encoded(one.ids, adapter) for one in adapter.tokenizer.encode_batch_fast(list(texts))]
+        """Token ids of each text, prepared as the training rows were and cut to `max_tokens`. Safe in any thread."""
+        how = adapter.manifest.preparation
+        prepared = [prepare(text, how.pii, how.max_chars)[0] for text in texts]
+        return [Encoded(one.ids, adapter) for one in adapter.tokenizer.encode_batch_fast(prepared)]
 
     def run(self, encoded: Sequence[Encoded]) -> list[Scored]:
         """Answers in the order of `encoded`, computed in passes of texts of like length.

@@ -1,9 +1,12 @@
 """The HTTP protocol: what requests and answers look like, and the names of errors."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
+
+from ft_resources.errors import RequestError
 
 MAX_INPUTS = 256
 MAX_CHARS = 100_000
@@ -174,3 +177,36 @@ class ErrorResponse(pydantic.BaseModel):
     mend: str
     trace_id: str
     results: None = None
+
+
+def explain(problems: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The one error that stands for the problems pydantic found; callers' values are not repeated in it."""
+    first = problems[0]
+    loc = first["loc"][1:] if first["loc"][:1] == ("body",) else first["loc"]
+    where = ".".join(map(str, loc)) or "body"
+    kind = first["type"]
+    if kind == "json_invalid":
+        return RequestError("invalid_request", "the body is not JSON", status=400, mend="Send a JSON object as UTF-8.")
+    if where == "body" and kind != "value_error":
+        return RequestError(
+            "invalid_request",
+            "the body is not a JSON object",
+            status=422,
+            mend="Send a JSON object with the header 'content-type: application/json'.",
+        )
+    if where.startswith("inputs") and kind in ("too_long", "string_too_long"):
+        return RequestError(
+            "input_too_large",
+            f"field '{where[:100]}' is too long",
+            status=413,
+            mend=f"Send at most {MAX_INPUTS} inputs of at most {MAX_CHARS:,} characters.",
+        )
+    subject = "the body" if where == "body" else f"field '{where[:100]}'"
+    what = str(first["msg"]).removeprefix("Value error, ")
+    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    return RequestError(
+        "invalid_request",
+        f"{subject}: {what[:300]}{more}",
+        status=422,
+        mend="The protocol is described at /docs.",
+    )

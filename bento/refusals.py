@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -11,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from bento.front import error_response
 from bento.metrics import Subject, metrics
-from bento.protocol import MAX_CHARS, MAX_INPUTS
+from bento.protocol import explain
 from ft_resources.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -43,38 +41,6 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return await _refused(request, explain(error.errors()))
-
-
-def explain(problems: Sequence[Mapping[str, Any]]) -> RequestError:
-    """The one error that stands for the problems pydantic found; callers' values are not repeated in it."""
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    kind = first["type"]
-    if kind == "json_invalid":
-        return RequestError("invalid_request", "the body is not JSON", status=400, mend="Send a JSON object as UTF-8.")
-    if where == "body" and kind != "value_error":
-        return RequestError(
-            "invalid_request",
-            "the body is not a JSON object",
-            status=422,
-            mend="Send a JSON object with the header 'content-type: application/json'.",
-        )
-    if where.startswith("inputs") and kind in ("too_long", "string_too_long"):
-        return RequestError(
-            "input_too_large",
-            f"field '{where[:100]}' is too long",
-            status=413,
-            mend=f"Send at most {MAX_INPUTS} inputs of at most {MAX_CHARS:,} characters.",
-        )
-    subject = "the body" if where == "body" else f"field '{where[:100]}'"
-    what = str(first["msg"]).removeprefix("Value error, ")
-    more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    return RequestError(
-        "invalid_request",
-        f"{subject}: {what[:300]}{more}",
-        status=422,
-        mend="The protocol is described at /docs.",
-    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from bento.adapters import AdapterStore
 from bento.routing import Route, RouteEntry, RouteTable, read_plan, released_entries
-from ft_resources.errors import FtError
+from ft_resources.errors import FtError, ServiceError
 from ft_resources.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -109,37 +109,34 @@ class Routes:
         rows: Mapping[str, Mapping[str, Any]],
     ) -> bool:
         routes = dict(self._table.routes)
-        baked = {task: route for task, route in self._baked.items() if task not in rows and task not in routes}
-        for task, route in baked.items():
-            self._try(routes, task, 0, lambda route=route: route)
+        for task, route in self._baked.items():
+            if task not in rows and task not in routes:
+                self._adopt(routes, route)
         for task, row in fresh.items():
-            revision = int(row["revision"])
-            self._try(
-                routes,
-                task,
-                revision,
-                lambda task=task, row=row: Route(
-                    task, int(row["revision"]), read_plan(task, row["plan"]), released[task]
-                ),
-            )
+            try:
+                shares = read_plan(task, row["plan"])
+            except ServiceError as error:
+                self._fail(task, int(row["revision"]), str(error))
+            else:
+                self._adopt(routes, Route(task, int(row["revision"]), shares, released[task]))
         waiting = {task: failure.message for task, failure in self._failures.items() if task not in routes}
         table = RouteTable(routes, waiting)
         changed = table != self._table
         self._table = table
         return changed
 
-    def _try(self, routes: dict[str, Route], task: str, revision: int, make: Callable[[], Route]) -> None:
+    def _adopt(self, routes: dict[str, Route], route: Route) -> None:
+        """Load what `route` needs, then let it replace the old one in `routes`."""
         try:
-            route = make()
             for entry in route.entries:
                 if entry.share > 0:
                     self._store.get(entry.adapter)
         except (FtError, OSError, RuntimeError) as error:  # RuntimeError: out of memory on the device
-            self._fail(task, revision, str(error))
+            self._fail(route.task, route.revision, str(error))
         else:
-            routes[task] = route
-            self._failures.pop(task, None)
-            logger.info("task %s follows route %s", task, revision)
+            routes[route.task] = route
+            self._failures.pop(route.task, None)
+            logger.info("task %s follows route %s", route.task, route.revision)
 
     def _fail(self, task: str, revision: int, message: str) -> None:
         before = self._failures.get(task)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pydantic
 from sqlalchemy.exc import SQLAlchemyError
 
 from bento.adapters import AdapterStore, BakedAdapter, BasePool, LakeAdapters
-from bento.engine import Adapter, Encoded, Engine, Scored
-from bento.protocol import FeedbackRequest, PredictRequest
+from bento.classify import Scored
+from bento.engine import Adapter, Encoded, Engine
+from bento.protocol import FeedbackRequest, PredictRequest, explain
 from bento.request_log import Prediction, RequestLog
 from bento.route_watcher import Routes
 from bento.routing import RouteEntry, RouteTable, read_baked
@@ -127,12 +129,14 @@ class Scorer:
         """Answers in the order of `inputs`, each recorded in the ledger.
 
         Raises:
-            pydantic.ValidationError: The arguments are not a request (see `PredictRequest`).
             RequestError: See `protocol.ErrorCode`.
         """
-        request = PredictRequest(
-            task=task, inputs=list(inputs), model_version=model_version, user=user, event_time=event_time
-        )
+        try:
+            request = PredictRequest(
+                task=task, inputs=list(inputs), model_version=model_version, user=user, event_time=event_time
+            )
+        except pydantic.ValidationError as error:
+            raise explain(error.errors()) from None
         admitted = self.admit(request, trace_id or uuid.uuid4().hex)
         scored = self.compute(admitted.pieces)
         for one in scored:
@@ -181,7 +185,7 @@ class Scorer:
                 results[place] = result
         return [result for result in results if result is not None]
 
-    def record(self, answers: Sequence[Sequence[Prediction]]) -> None:
+    def record(self, answers: Sequence[list[Prediction]]) -> None:
         """Store the predictions of several requests in one transaction.
 
         Raises:

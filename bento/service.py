@@ -5,6 +5,7 @@ FT_MAX_ADAPTERS, FT_API_KEYS. A `release.json` beside the packages makes the Ben
 """
 
 import asyncio
+import os
 from pathlib import Path
 
 import bentoml
@@ -15,6 +16,9 @@ from bento.front import Front
 from bento.metrics import metrics
 from ft_resources.environments import Environment
 
+# Threads of a matrix product must sleep while they wait: by default they spin, and on a machine with as many busy
+# threads as cores that stretched answers from 0.02 to over 1 second. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 app = create_app()
 
@@ -75,4 +79,4 @@ class AdapterService:
         self._ledger.close()
 
 
-AdapterService.add_asgi_middleware(Front, own=app, keys=Environment.read().api_keys)
+AdapterService.add_asgi_middleware(Front, own=app, keys=Environment.read().api_keys)  # type: ignore[attr-defined]

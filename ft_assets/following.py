@@ -1,5 +1,6 @@
 """Following a Dagster run as lines for people: what was made, which checks passed, what failed and why."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,7 +64,8 @@ class Follower:
         seconds = entry.timestamp - self._first
         event = entry.dagster_event
         if event is None:
-            return Line("note", entry.step_key or "", entry.user_message, seconds) if entry.level == 20 else None
+            note = entry.level == logging.INFO and not entry.user_message.startswith("[pipes]")
+            return Line("note", entry.step_key or "", entry.user_message, seconds) if note else None
         kind = event.event_type_value
         if kind == "ASSET_MATERIALIZATION":
             made = event.event_specific_data.materialization
@@ -76,6 +78,8 @@ class Follower:
         if kind == "STEP_FAILURE":
             data = event.event_specific_data
             failure = data.user_failure_data
+            if data.error and data.error.cls_name == "DagsterAssetCheckFailedError":
+                return None  # the check's own line has said why
             text = failure.description if failure else data.error.message if data.error else "failed"
             return Line("failed", event.step_key or "", str(text).strip(), seconds)
         if kind == "STEP_UP_FOR_RETRY":

@@ -50,7 +50,7 @@ def publish(
             artefact = lake.publish(kind, Path(scratch), made_from)
     else:
         context.log.info(f"{head[1]}: reused {short(artefact.digest)}, the same inputs made it before")
-    lake.set_head(*head, artefact.digest, context.run_id)
+    lake.set_head(*head, artefact.digest, context.run.run_id)
     return artefact
 
 

@@ -1,6 +1,7 @@
 """Launching workers through Dagster Pipes: as a subprocess on this machine, or as a pod on Kubernetes."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,11 +11,15 @@ from pydantic import Field
 from ft_resources import errors
 from ft_resources.environments import Environment
 
-QUIET = {
+# dagster warns that a part of its own Pipes client is a preview
+warnings.filterwarnings("ignore", category=dg.PreviewWarning, message=".*PipesMessageReader.*")
+
+WORKER_VARIABLES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic CUDA kernels need
 }
 
@@ -43,11 +48,9 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
         """
         try:
             messages = self._launch(context, module, job)
-        except (RuntimeError, dg.DagsterError) as error:
-            raise _died(module, str(error)) from error
         except Exception as error:
-            # Pipes raises its own error class, which dagster does not export: recognise it by name
-            if type(error).__name__ != "DagsterPipesExecutionError":
+            # what the Pipes clients raise when a process ends badly is not exported by dagster: recognise it by name
+            if type(error).__name__ not in ("DagsterPipesExecutionError", "DagsterK8sError"):
                 raise
             raise _died(module, str(error)) from error
         for message in messages:
@@ -60,7 +63,7 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def _launch(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> list[Any]:
         command = [sys.executable, "-m", module]
-        variables = {**Environment.read().variables(), **QUIET}
+        variables = {**Environment.read().variables(), **WORKER_VARIABLES}
         if self.kind == "local":
             client = dg.PipesSubprocessClient(env=variables)
             return list(client.run(context=context, command=command, extras={"job": dict(job)}).get_custom_messages())

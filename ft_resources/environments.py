@@ -85,6 +85,8 @@ class Environment:
             "DAGSTER_DISABLE_TELEMETRY": "yes",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # OpenMP threads that spin while they wait starve everything else on a small machine
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def export(self) -> None:

@@ -160,9 +160,7 @@ class BentoStore:
             (private / "bentos").symlink_to(self.home / "bentos")
         variables = self._variables(private)
         if home != self.environment.home:
-            variables |= {"FT_HOME": str(home), "FT_STANDALONE": "1"}
-            for name in ("FT_LAKE", "FT_LEDGER"):
-                variables.pop(name, None)
+            variables |= Environment.read({}, home=home).variables() | {"BENTOML_HOME": str(private)}
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [_bentoml(), "serve", target, "--host", "127.0.0.1", "--port", str(port)],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from bento.preparation import normalise, prepare
-from ft_assets.data.near_duplicates import pairs
+from ft_assets.data.near_duplicates import clusters, hashed, jaccard, near_pairs
 from ft_assets.data.rows import ROW_COLUMNS
 from ft_assets.tasks import CleaningSpec
 
@@ -46,15 +46,22 @@ def clean(rows: pd.DataFrame, spec: CleaningSpec, labels: list[str]) -> Cleaned:
         if len(text) > spec.max_chars and len(normalise(text)) > spec.max_chars:
             truncated.add(at)
         if len(texts[at]) < spec.min_chars:
-            verdict[at] = ("too_short", f"{len(texts[at])} characters, {spec.min_chars} are needed") if texts[at] else ("empty", "")
+            verdict[at] = (
+                ("too_short", f"{len(texts[at])} characters, {spec.min_chars} are needed")
+                if texts[at]
+                else ("empty", "")
+            )
     order = rows.assign(at=rows.index).sort_values(["event_time", "source"], na_position="last", kind="stable")["at"]
-    labels_now = rows["label"].to_dict()
-    _exact(rows, [at for at in order if at not in verdict], texts, labels_now, verdict)
-    _near([at for at in order if at not in verdict], rows, texts, labels_now, spec.near_duplicates, verdict)
+    speaker = {at: at for at in rows.index}
+    _exact(rows, [at for at in order if at not in verdict], texts, speaker, verdict)
+    _near([at for at in order if at not in verdict], rows, texts, speaker, spec.near_duplicates, verdict)
     kept_at = [at for at in rows.index if at not in verdict]
+    labelled_by = rows.loc[[speaker[at] for at in kept_at]]
     kept = rows.loc[kept_at, ROW_COLUMNS].assign(
         text=[texts[at] for at in kept_at],
-        label=[labels_now[at] for at in kept_at],
+        label=labelled_by["label"].tolist(),
+        label_version=labelled_by["label_version"].to_numpy(),
+        annotator=labelled_by["annotator"].tolist(),
         masked=[json.dumps(masked[at], sort_keys=True) for at in kept_at],
     )
     rejected_at = sorted(verdict)
@@ -90,39 +97,53 @@ def _exact(
     rows: pd.DataFrame,
     order: list[int],
     texts: dict[int, str],
-    labels_now: dict[int, str],
+    speaker: dict[int, int],
     verdict: dict[int, tuple[str, str]],
 ) -> None:
+    """Reject copies of one text; `speaker` tells from which row a kept row takes label, version and annotator."""
+    labels, versions, sources = (rows[column].tolist() for column in ("label", "label_version", "source"))
     groups: dict[str, list[int]] = {}
     for at in order:
         groups.setdefault(texts[at], []).append(at)
     for members in groups.values():
-        newest = max(rows["label_version"].iloc[at] for at in members)
-        current = [at for at in members if rows["label_version"].iloc[at] == newest]
-        said = sorted({labels_now[at] for at in current})
+        newest = max(versions[at] for at in members)
+        current = [at for at in members if versions[at] == newest]
+        said = sorted({labels[at] for at in current})
         first = members[0]
         if len(said) > 1:
             for at in members:
                 verdict[at] = ("conflicting_labels", f"the same text is labelled {' and '.join(said)}")
             continue
-        labels_now[first] = said[0]
+        speaker[first] = current[0]
         for at in members[1:]:
-            older = rows["label_version"].iloc[at] < newest
-            verdict[at] = ("superseded" if older else "exact_duplicate", f"kept: {rows['source'].iloc[first]}")
+            reason = "superseded" if versions[at] < newest else "exact_duplicate"
+            verdict[at] = (reason, f"kept: {sources[first]}")
 
 
 def _near(
     order: list[int],
     rows: pd.DataFrame,
     texts: dict[int, str],
-    labels_now: dict[int, str],
+    speaker: dict[int, int],
     similarity: float,
     verdict: dict[int, tuple[str, str]],
 ) -> None:
-    for earlier, later, jaccard in pairs([texts[at] for at in order], similarity):
-        one, other = order[earlier], order[later]
-        if one in verdict or other in verdict:
-            continue
-        if labels_now[one] != labels_now[other]:
-            continue  # alike but labelled differently: both stay, and the label_noise check may point at them
-        verdict[other] = ("near_duplicate", f"{jaccard:.2f} like row {rows['row_id'].iloc[one]}")
+    """Reject every row that is near an earlier kept one with the same label.
+
+    Rows that are alike but labelled differently all stay; the label_noise check may point at them.
+    """
+    contents = hashed([texts[at] for at in order])
+    said = [rows["label"].iloc[speaker[at]] for at in order]
+    kept: dict[int, list[int]] = {}
+    for place, root in enumerate(clusters(len(order), near_pairs(contents, similarity))):
+        earlier = kept.setdefault(root, [])
+        for other in earlier:
+            score = jaccard(contents[place], contents[other]) if said[place] == said[other] else 0.0
+            if score >= similarity:
+                verdict[order[place]] = (
+                    "near_duplicate",
+                    f"{score:.2f} like row {rows['row_id'].iloc[order[other]]}",
+                )
+                break
+        else:
+            earlier.append(place)

@@ -1,5 +1,6 @@
 """Reading every source of a task into raw rows."""
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,16 +48,18 @@ def read_sources(
     return pd.concat(filled, ignore_index=True) if filled else frame([], [], [], [], "files")[ROW_COLUMNS]
 
 
-def _within(
-    rows: pd.DataFrame, source: SourceSpec, report: Callable[[str], None], name: str
-) -> pd.DataFrame:
+def _within(rows: pd.DataFrame, source: SourceSpec, report: Callable[[str], None], name: str) -> pd.DataFrame:
     kept = pd.Series(True, index=rows.index)
     if source.since:
         kept &= rows["event_time"] >= datetime.combine(source.since, datetime.min.time(), UTC)
     if source.until:
         kept &= rows["event_time"] < datetime.combine(source.until, datetime.min.time(), UTC)
     undated = int(rows["event_time"].isna().sum()) if source.since or source.until else 0
-    outside = f", {int((~kept).sum())} outside since/until ({undated} of them undated)" if source.since or source.until else ""
+    outside = (
+        f", {int((~kept).sum())} outside since/until ({undated} of them undated)"
+        if source.since or source.until
+        else ""
+    )
     report(f"{name}: {int(kept.sum())} rows{outside}")
     return rows[kept].reset_index(drop=True)
 
@@ -68,7 +71,9 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
     try:
         files = fsspec.open_files(url, "rb")
     except (OSError, ValueError, ImportError) as error:
-        raise SourceError(f"the URL cannot be opened: {error}", where=url, mend="Check the URL and its protocol.") from error
+        raise SourceError(
+            f"the URL cannot be opened: {error}", where=url, mend="Check the URL and its protocol."
+        ) from error
     if not files:
         raise SourceError("no file matches", where=url, mend="Check the path; it starts at the task file's folder.")
     parts = []
@@ -78,12 +83,22 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
             with file as stream:
                 content = stream.read()
         except FileNotFoundError:
-            raise SourceError("there is no such file", where=file.path, mend="Check the path; it starts at the task file's folder.") from None
-        except (OSError, ValueError) as error:
-            raise SourceError(f"the file cannot be read: {error}", where=file.path, mend="Check its permissions.") from error
+            raise SourceError(
+                "there is no such file", where=file.path, mend="Check the path; it starts at the task file's folder."
+            ) from None
+        except (OSError, ValueError, *_transport_errors()) as error:
+            raise SourceError(
+                f"the file cannot be read: {error}", where=file.path, mend="Check that it can be reached and opened."
+            ) from error
         kind = format_of(file.path, source.format)
         parts.append(read_table(content, file.path, kind, columns, source.encoding, "files"))
     return pd.concat(parts, ignore_index=True)
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What fsspec lets through from the HTTP client, once that is in use."""
+    client = sys.modules.get("aiohttp")
+    return (client.ClientError,) if client else ()
 
 
 def _package(source: PackageSource, cache: Path) -> pd.DataFrame:
@@ -91,9 +106,17 @@ def _package(source: PackageSource, cache: Path) -> pd.DataFrame:
     prefix = f"{source.registry}:{source.name}@{source.version}"
     target = root / source.path
     if not target.resolve().is_relative_to(root.resolve()) or not target.exists():
-        raise SourceError(f"the package has no '{source.path}'", where=prefix, mend=f"It has: {sorted(p.name for p in root.iterdir())}.")
+        raise SourceError(
+            f"the package has no '{source.path}'",
+            where=prefix,
+            mend=f"It has: {sorted(p.name for p in root.iterdir())}.",
+        )
     if source.format == "mail":
         return _mails(source, target, root, prefix)
+    if target.is_dir():
+        raise SourceError(
+            f"'{source.path}' is a folder of the package", where=prefix, mend="Name a file in it, or set format: mail."
+        )
     columns = Columns(source.text, source.label, source.event_time)
     kind = format_of(target.name, source.format)
     name = f"{prefix}/{target.relative_to(root).as_posix()}"
@@ -105,8 +128,10 @@ def _mails(source: PackageSource, target: Path, root: Path, prefix: str) -> pd.D
     for name, label in source.folders.items():
         mails = sorted((target / name).glob("*.txt"))
         if not mails:
-            there = sorted(path.name for path in target.iterdir() if path.is_dir())
-            raise SourceError(f"there are no mails in '{name}'", where=f"{prefix}/{source.path}", mend=f"Folders there: {there}.")
+            there = sorted(path.name for path in target.iterdir() if path.is_dir()) if target.is_dir() else []
+            raise SourceError(
+                f"there are no mails in '{name}'", where=f"{prefix}/{source.path}", mend=f"Folders there: {there}."
+            )
         for path in mails:
             text, moment = read_mail(path.read_bytes())
             texts.append(text.encode("utf-8", "replace").decode())

@@ -56,7 +56,7 @@ def eval_report(
             artefact = lake.open(compute.run(context, WORKER, job)["report"])
         else:
             context.log.info(f"report {short(artefact.digest)} is reused: the same adapters and rows made it before")
-        lake.set_head(task.name, "eval_report", artefact.digest, context.run_id)
+        lake.set_head(task.name, "eval_report", artefact.digest, context.run.run_id)
         return result(artefact, _metadata(parse_report(artefact), str(artefact.path("report.html"))))
 
 

@@ -137,7 +137,7 @@ def bento_service(
 
         found = lake.find("bento_service", made_from)
         if found is not None and not bentos.has(found.json("service.json")["tag"]):
-            made_from["rebuilt_for"] = context.run_id  # the built Bento was removed from this machine
+            made_from["rebuilt_for"] = context.run.run_id  # the built Bento was removed from this machine
         artefact = publish(context, lake, (task.name, "bento_service"), "bento_service", made_from, write)
         service = artefact.json("service.json")
         folder = bentos.home / "bentos" / service["tag"].replace(":", "/")

@@ -93,7 +93,7 @@ def adapter(
         search = lake.require(task.name, "search_results").json("trials.json")
         chosen = with_values(resolve(task), search["best"], "search")
         artefact, seconds = _train(context, lake, compute, environment, task, chosen, _inputs(lake, task))
-        lake.set_head(task.name, "adapter", artefact.digest, context.run_id)
+        lake.set_head(task.name, "adapter", artefact.digest, context.run.run_id)
         history = artefact.json("training.json")
         best = history["validation"][history["best_epoch"] - 1]
         return result(
@@ -138,8 +138,10 @@ def _train(
     import time
 
     settings = resolved.settings.model_dump(mode="json")
+    preparation = {"pii": list(task.spec.cleaning.pii), "max_chars": task.spec.cleaning.max_chars}
     made_from = {
         **inputs,
+        "preparation": preparation,
         "task": task.name,
         "labels": task.spec.labels,
         "settings": settings,
@@ -160,10 +162,11 @@ def _train(
         "settings": settings,
         "origins": dict(resolved.origins),
         "template": resolved.template,
+        "preparation": preparation,
         "lake": environment.lake,
         "mlflow": environment.mlflow,
-        "run_name": f"{task.name} {context.run_id[:8]}",
-        "tags": {"dagster_run_id": context.run_id, "task": task.name, **inputs},
+        "run_name": f"{task.name} {context.run.run_id[:8]}",
+        "tags": {"dagster_run_id": context.run.run_id, "task": task.name, **inputs},
         "made_from": made_from,
     }
     started = time.monotonic()

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
+from bento.devices import pick_device, pick_dtype
 from ft_assets.evaluation.calibration import fit_temperature
 from ft_assets.training.batching import length_grouped
 from ft_assets.training.recipes import Settings
@@ -57,32 +58,6 @@ class History:
     best_epoch: int = 0
     trainable_parameters: int = 0
     total_parameters: int = 0
-
-
-def precision_for(wanted: str, device: torch.device) -> str:
-    """`bf16` or `fp32`: bf16 where the device computes it fast and it was not refused."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bf16" if device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags) else "fp32"
-
-
-def pick_device(wanted: str) -> torch.device:
-    """CUDA, else MPS, else CPU, unless `wanted` names one.
-
-    Raises:
-        TrainingError: `wanted` is not there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted:
-        if not available.get(wanted):
-            raise TrainingError(
-                f"device '{wanted}' is not available", where="FT_DEVICE", mend=f"There are: {[k for k in available if available[k]]}."
-            )
-        return torch.device(wanted)
-    return torch.device(next(name for name, there in available.items() if there))
 
 
 class Classifier(torch.nn.Module):
@@ -132,7 +107,7 @@ def train(
         )
     options = settings.training
     where = pick_device(device)
-    bf16 = precision_for(options.precision, where) == "bf16"
+    bf16 = pick_dtype(options.precision, where) == torch.bfloat16
     random.seed(options.seed)
     np.random.seed(options.seed % 2**32)
     torch.manual_seed(options.seed)

