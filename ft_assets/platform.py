@@ -289,6 +289,7 @@ def _with_absolute_urls(task: Task) -> str:
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt", pure=True)
+    yaml.width = 1_000_000  # keep every line where it is: errors and origins name lines
     root = task.file.root
     for source, spec in zip(root["sources"], task.spec.sources, strict=True):
         if isinstance(spec, FilesSource) and "://" not in spec.url and not Path(spec.url).is_absolute():

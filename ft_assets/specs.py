@@ -2,12 +2,14 @@
 
 import difflib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
 
 from ft_resources.errors import SpecError
 
@@ -17,7 +19,15 @@ Path_ = tuple[int | str, ...]
 class Strict(pydantic.BaseModel):
     """A model a person writes: unknown keys are refused, values never change after reading."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Misplaced(ValueError):
+    """A validator's complaint about one field below the model it sees; `loc` is where that field stands."""
+
+    def __init__(self, message: str, *loc: int | str) -> None:
+        super().__init__(message)
+        self.loc = loc
 
 
 Model = TypeVar("Model", bound=Strict)
@@ -32,15 +42,26 @@ class YamlFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        content = b""
         try:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
+            text = content.decode("utf-8-sig")
         except FileNotFoundError:
             raise SpecError("there is no such file", where=str(path), mend="Check the path.") from None
         except IsADirectoryError:
             raise SpecError("this is a folder", where=str(path), mend="Name the YAML file inside it.") from None
-        except UnicodeDecodeError as error:
+        except OSError as error:
             raise SpecError(
-                f"byte {error.start} is not UTF-8", where=str(path), mend="Save the file with UTF-8 encoding."
+                f"the file cannot be read: {error.strerror or error}", where=str(path), mend="Check its permissions."
+            ) from None
+        except UnicodeDecodeError as error:
+            # the codec drops a byte order mark before it counts
+            start = error.start + len(content) - len(error.object)
+            line = content.count(b"\n", 0, start) + 1
+            raise SpecError(
+                f"byte {start} (0x{content[start]:02x}) is not UTF-8",
+                where=f"{path}:{line}",
+                mend="Save the file with UTF-8 encoding.",
             ) from None
         try:
             self.root = YAML(typ="rt", pure=True).load(io.StringIO(text))
@@ -51,12 +72,28 @@ class YamlFile:
                 where=f"{path}:{mark.line + 1}" if mark else str(path),
                 mend="Check indentation, colons and quotes on that line and the one above.",
             ) from None
+        except ReaderError as error:
+            raise SpecError(
+                f"not valid YAML: the character U+{error.character:04X} is not allowed",
+                where=f"{path}:{text.count(chr(10), 0, error.position) + 1}",
+                mend="Remove control characters.",
+            ) from None
         except (YAMLError, ValueError) as error:
-            raise SpecError(f"not valid YAML: {error}", where=str(path), mend="Remove control characters.") from None
+            raise SpecError(f"not valid YAML: {error}", where=str(path), mend="Check numbers and dates.") from None
+        except RecursionError:
+            raise SpecError("not valid YAML: nested too deeply", where=str(path), mend="Nest less.") from None
         if not hasattr(self.root, "lc") or not hasattr(self.root, "keys"):
             raise SpecError(
-                "the file holds no mapping", where=str(path), mend="Write 'name: ...' style keys at the top level."
+                "the file is empty" if self.root is None else "the file holds no mapping",
+                where=f"{path}:1",
+                mend="Write 'name: ...' style keys at the top level.",
             )
+        try:
+            self.values: dict[str, Any] = plain(self.root)
+        except RecursionError:
+            raise SpecError(
+                "a value holds itself", where=f"{path}:1", mend="Remove the alias (*name) that stands inside its anchor."
+            ) from None
 
     def line(self, loc: Path_) -> int:
         """The 1-based line of the deepest part of `loc` that stands in the file."""
@@ -83,7 +120,7 @@ class YamlFile:
         Raises:
             SpecError: Every problem of the file, one a line.
         """
-        return self.validate(model, plain(self.root))
+        return self.validate(model, self.values)
 
     def validate(self, model: type[Model], values: dict[str, Any], below: Path_ = ()) -> Model:
         """Validate `values`, which stand at `below` in this file, as `model`; errors as of `parse`."""
@@ -98,22 +135,44 @@ class YamlFile:
             raise SpecError(f"{len(problems)} problems:\n{lines}", where=str(self.path)) from None
 
     def _explain(self, model: type[pydantic.BaseModel], item: Any, below: Path_) -> tuple[str, str, str]:
-        loc: Path_ = item["loc"]
-        field = ".".join(str(part) for part in (*below, *loc)) or "(top level)"
-        where, kind = self.where((*below, *loc)), item["type"]
+        kind, context = item["type"], item.get("ctx", {})
+        misplaced = context.get("error")
+        loc: Path_ = (*item["loc"], *(misplaced.loc if isinstance(misplaced, Misplaced) else ()))
+        if kind.startswith("union_tag"):
+            loc = (*loc, str(context["discriminator"]).strip("'"))
+            kind = "missing" if kind == "union_tag_not_found" else kind
+        full = (*below, *loc)
+        where = self.where(full)
+        field = ".".join(map(str, self._named(full, keep_last=kind in ("missing", "extra_forbidden")))) or "(top level)"
         if kind == "extra_forbidden":
             names = _valid_names(model, loc[:-1])
-            near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
-            return where, f"field '{field}' is not known", f"{hint}Valid here: {', '.join(names)}"
+            return where, f"field '{field}' is not known", f"{_meant(loc[-1], names)}Valid here: {', '.join(names)}"
         if kind == "missing":
-            return where, f"field '{field}' is missing", "Add it"
-        expected = item["msg"].removeprefix("Value error, ")
-        got = repr(item.get("input"))
+            choices = f", one of {context['expected_tags']}" if "expected_tags" in context else ""
+            return where, f"field '{field}' is missing", f"Add it{choices}"
+        value: Any = item.get("input")
+        if isinstance(misplaced, Misplaced):
+            return where, f"field '{field}': {misplaced}", "Correct it"
+        if kind == "union_tag_invalid":
+            value, expected = context["tag"], f"one of {context['expected_tags']}"
+        else:
+            expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        options = str(context.get("expected") or context.get("expected_tags") or "").replace(" or ", ",").split(",")
+        got = repr(value)
         got = got if len(got) <= 80 else got[:77] + "..."
-        choices = [part.strip(" '") for part in str(item.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")]
-        near = difflib.get_close_matches(str(item.get("input")), choices, n=1, cutoff=0.5)
-        return where, f"field '{field}' is {got}", f"Expected: {expected}" + (f". Did you mean '{near[0]}'?" if near else "")
+        meant = _meant(value, [option.strip(" '") for option in options]).rstrip()
+        return where, f"field '{field}' is {got}", f"Expected: {expected}" + (f". {meant}" if meant else "")
+
+    def _named(self, loc: Path_, *, keep_last: bool) -> Path_:
+        """`loc` without what pydantic adds to it: the tags and members of unions, which no file shows."""
+        node, named = self.root, []
+        for at, part in enumerate(loc):
+            inside = isinstance(part, int) if isinstance(node, list) else hasattr(node, "keys") and part in node
+            if inside:
+                node = node[part]
+            if inside or (keep_last and at == len(loc) - 1):
+                named.append(part)
+        return tuple(named)
 
 
 def plain(node: Any) -> Any:
@@ -126,6 +185,11 @@ def plain(node: Any) -> Any:
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def _meant(name: Any, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'? " if near else ""
 
 
 def _valid_names(model: Any, loc: Path_) -> list[str]:

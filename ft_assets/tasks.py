@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ft_assets.specs import Strict, YamlFile
+from ft_assets.specs import Misplaced, Strict, YamlFile
 from ft_resources.errors import SpecError
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -19,6 +19,12 @@ class SourceSpec(Strict):
 
     since: dt.date | None = Field(None, description="Keep rows whose event time is on or after this day (UTC).")
     until: dt.date | None = Field(None, description="Keep rows whose event time is before this day (UTC).")
+
+    @model_validator(mode="after")
+    def _order(self) -> "SourceSpec":
+        if self.since and self.until and self.since >= self.until:
+            raise Misplaced(f"{self.until} leaves no day after since, {self.since}", "until")
+        return self
 
 
 class FilesSource(SourceSpec):
@@ -82,6 +88,12 @@ class CleaningSpec(Strict):
     max_reject_share: float = Field(0.5, ge=0, le=1, description="Warn when more than this share is rejected.")
     min_rows: int = Field(50, ge=2, description="Fewer raw rows than this stop the run.")
 
+    @model_validator(mode="after")
+    def _lengths(self) -> "CleaningSpec":
+        if self.min_chars > self.max_chars:
+            raise Misplaced(f"{self.min_chars} is more than max_chars, {self.max_chars}: no row could stay", "min_chars")
+        return self
+
 
 class SplitSpec(Strict):
     """How rows are divided; an assigned row keeps its split for ever."""
@@ -103,6 +115,18 @@ class SearchSpec(Strict):
     learning_rate: tuple[float, float] | None = Field(None, description="Log-uniform range.")
     rank: list[int] | None = Field(None, description="LoRA ranks to choose from.")
     epochs: list[int] | None = Field(None, description="Epoch counts to choose from.")
+
+    @model_validator(mode="after")
+    def _space(self) -> "SearchSpec":
+        if self.learning_rate and not 0 < self.learning_rate[0] < self.learning_rate[1] <= 1:
+            raise Misplaced("two rates with 0 < lowest < highest <= 1 are needed", "learning_rate")
+        for name in ("rank", "epochs"):
+            choices = getattr(self, name)
+            if choices is not None and (not choices or min(choices) < 1 or len(set(choices)) < len(choices)):
+                raise Misplaced("distinct choices of 1 or more are needed", name)
+        if self.trials > 1 and not (self.learning_rate or self.rank or self.epochs):
+            raise Misplaced("more than one trial needs learning_rate, rank or epochs to choose from", "trials")
+        return self
 
 
 class GatePolicy(Strict):
@@ -196,10 +220,10 @@ class TaskSpec(Strict):
 
     @model_validator(mode="after")
     def _folders(self) -> "TaskSpec":
-        for source in self.sources:
-            unknown = set(getattr(source, "folders", {}).values()) - set(self.labels)
-            if unknown:
-                raise ValueError(f"sources: folders map to {sorted(unknown)}, which `labels` does not list")
+        for at, source in enumerate(self.sources):
+            for folder, label in getattr(source, "folders", {}).items():
+                if label not in self.labels:
+                    raise Misplaced(f"`labels` does not list '{label}'", "sources", at, "folders", folder)
         return self
 
     @property
@@ -222,7 +246,7 @@ class Task:
 
 
 class TaskFolders:
-    """The task files of some folders, later folders first to be asked.
+    """The task files of some folders; a name that two files declare belongs to the first.
 
     Raises:
         SpecError: On `get` of an unknown or invalid task, naming the nearest valid one.

@@ -54,7 +54,14 @@ def clean(rows: pd.DataFrame, spec: CleaningSpec, labels: list[str]) -> Cleaned:
     order = rows.assign(at=rows.index).sort_values(["event_time", "source"], na_position="last", kind="stable")["at"]
     speaker = {at: at for at in rows.index}
     _exact(rows, [at for at in order if at not in verdict], texts, speaker, verdict)
-    _near([at for at in order if at not in verdict], rows, texts, speaker, spec.near_duplicates, verdict)
+    _near(
+        [at for at in order if at not in verdict],
+        rows,
+        texts,
+        speaker,
+        similarity=spec.near_duplicates,
+        verdict=verdict,
+    )
     kept_at = [at for at in rows.index if at not in verdict]
     labelled_by = rows.loc[[speaker[at] for at in kept_at]]
     kept = rows.loc[kept_at, ROW_COLUMNS].assign(
@@ -125,6 +132,7 @@ def _near(
     rows: pd.DataFrame,
     texts: dict[int, str],
     speaker: dict[int, int],
+    *,
     similarity: float,
     verdict: dict[int, tuple[str, str]],
 ) -> None:

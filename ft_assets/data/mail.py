@@ -16,9 +16,9 @@ _NO_CHARSETS = {"idna", "punycode", "raw-unicode-escape", "unicode-escape", "und
 _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "ascii": "cp1252", "iso8859-1": "cp1252", "big5": "big5hkscs"}
 
 _TAG = re.compile(r"</?([A-Za-z][A-Za-z0-9]*)")
-_BREAKING = frozenset(
-    "address article blockquote br center dd div dl dt fieldset footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol "
-    "option p pre section table td th title tr ul".split()
+_BREAKING = re.compile(
+    r"address|article|blockquote|br|center|dd|div|dl|dt|fieldset|footer|form|h1|h2|h3|h4|"
+    r"h5|h6|header|hr|li|main|nav|ol|option|p|pre|section|table|td|th|title|tr|ul"
 )
 _SILENT = {name: re.compile(rf"</{name}[\s>/]", re.IGNORECASE) for name in ("script", "style")}
 _BLANKS = re.compile(r"[^\S\n]+")
@@ -67,7 +67,7 @@ def strip_html(page: str) -> str:
         if name in _SILENT and page[tag + 1] != "/":
             closing = _SILENT[name].search(page, at)
             at = closing.start() if closing else len(page)
-        elif name in _BREAKING:
+        elif _BREAKING.fullmatch(name):
             pieces.append("\n")
     pieces.append(page[at:])
     text = html.unescape("".join(pieces)).replace("\r", "\n")

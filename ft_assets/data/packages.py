@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -192,7 +193,11 @@ def _tar_members(archive: Path, where: str) -> Members:
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
                 raise _unsafe(member.name, "it is a link or a device", where)
-            yield member.name, lambda content=content: content
+            yield member.name, partial(_itself, content)
+
+
+def _itself(content: IO[bytes]) -> IO[bytes]:
+    return content
 
 
 def _zip_members(archive: Path, where: str) -> Members:
@@ -201,7 +206,7 @@ def _zip_members(archive: Path, where: str) -> Members:
             if (member.external_attr >> 16) & 0o170000 not in (0, 0o100000, 0o040000):
                 raise _unsafe(member.filename, "it is a link or a device", where)
             if not member.is_dir():
-                yield member.filename, lambda member=member: bundle.open(member)
+                yield member.filename, partial(bundle.open, member)
 
 
 def _unsafe(member: str, why: str, where: str) -> SourceError:

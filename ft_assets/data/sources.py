@@ -86,7 +86,7 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
             raise SourceError(
                 "there is no such file", where=file.path, mend="Check the path; it starts at the task file's folder."
             ) from None
-        except (OSError, ValueError, *_transport_errors()) as error:
+        except _read_errors() as error:
             raise SourceError(
                 f"the file cannot be read: {error}", where=file.path, mend="Check that it can be reached and opened."
             ) from error
@@ -95,10 +95,10 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What fsspec lets through from the HTTP client, once that is in use."""
+def _read_errors() -> tuple[type[Exception], ...]:
+    """What fsspec raises on reading; it lets the HTTP client's own errors through once that client is in use."""
     client = sys.modules.get("aiohttp")
-    return (client.ClientError,) if client else ()
+    return (OSError, ValueError, *((client.ClientError,) if client else ()))
 
 
 def _package(source: PackageSource, cache: Path) -> pd.DataFrame:

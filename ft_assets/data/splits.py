@@ -9,7 +9,7 @@ label has 1 / (smallest share) clusters every split has some of it, ten for the 
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -68,7 +68,7 @@ def assign(kept: pd.DataFrame, spec: SplitSpec, previous: pd.DataFrame | None) -
         new = [at for at in group if at not in split]
         taken = {split[at] for at in group if at in split} - {HELD_OUT}
         if new and len(taken) > 1:
-            apart = _part(group, new, contents, spec.cluster_similarity, split, cluster, ids)
+            apart = _part(group, new, contents, spec.cluster_similarity, split=split, cluster=cluster, ids=ids)
             cluster.update((at, ids[loose[0]]) for loose in apart for at in loose)
             fresh += apart
         elif new and taken:
@@ -127,6 +127,7 @@ def _part(
     new: Group,
     contents: Sequence[Hashes],
     similarity: float,
+    *,
     split: dict[int, str],
     cluster: dict[int, str],
     ids: Sequence[str],

@@ -41,13 +41,10 @@ def eval_report(
             name: lake.require(task.name, name).digest
             for name in ("adapter", "train_split", "validation_split", "test_split")
         }
-        live = ledger.live_release(task.name)
-        champion_test = lake.open(live["report"]).made_from["test_split"] if live and live["report"] else ""
         policy = task.spec.gates.model_dump(mode="json")
         made_from = {
             **inputs,
-            "champion": live["adapter"] if live else "",
-            "champion_test_split": champion_test,
+            **_champion(lake, ledger, task.name, inputs["adapter"]),
             "evaluator": EVALUATOR_VERSION,
         }
         artefact = lake.find("eval_report", made_from)
@@ -58,6 +55,19 @@ def eval_report(
             context.log.info(f"report {short(artefact.digest)} is reused: the same adapters and rows made it before")
         lake.set_head(task.name, "eval_report", artefact.digest, context.run.run_id)
         return result(artefact, _metadata(parse_report(artefact), str(artefact.path("report.html"))))
+
+
+def _champion(lake: Lake, ledger: Ledger, task: str, candidate: str) -> dict[str, str]:
+    """The live adapter and the rows it was itself tested on; a candidate that is live keeps its opponent of then."""
+    live = ledger.live_release(task)
+    if live is None:
+        return {"champion": "", "champion_test_split": ""}
+    if live["report"] is None:
+        return {"champion": live["adapter"], "champion_test_split": ""}
+    decided_on = lake.open(live["report"]).made_from
+    if live["adapter"] == candidate:
+        return {name: decided_on[name] for name in ("champion", "champion_test_split")}
+    return {"champion": live["adapter"], "champion_test_split": decided_on["test_split"]}
 
 
 def _metadata(report: EvalReport, page: str) -> dict[str, Any]:

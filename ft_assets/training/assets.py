@@ -145,7 +145,6 @@ def _train(
         "task": task.name,
         "labels": task.spec.labels,
         "settings": settings,
-        "origins": dict(resolved.origins),
         "template": resolved.template_digest,
         "base": resolve_base(resolved.settings.base.model).digest,
         "trainer": TRAINER,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from ft_assets.specs import Strict, YamlFile, plain
+from ft_assets.specs import Strict, YamlFile
 from ft_assets.tasks import Task
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
@@ -76,7 +76,7 @@ class Resolved:
     template_digest: str
     settings: Settings
     origins: Mapping[str, str]
-    """Dotted path of every value -> `recipe ...`, `task ...` (file and line), `search trial N` or `default`."""
+    """Dotted path of every value -> `recipe ...`, `task FILE:LINE`, `search trial N` or `default`."""
 
 
 def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
@@ -102,22 +102,26 @@ def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
         raise SpecError(
             f"recipe {reference} does not train {task.spec.type}", where=where, mend=f"It trains {', '.join(recipe.types)}."
         )
-    template = plain(file.root["settings"])
+    template = file.values["settings"]
     merged = _merge(template, task.spec.overrides)
     settings = task.file.validate(Settings, merged, below=("overrides",))
     origins = {}
     for path in _leaves(settings.model_dump()):
         if _has(task.spec.overrides, path):
-            origins[".".join(path)] = f"task {task.file.where(('overrides', *path))}"
+            origins[".".join(path)] = f"task {task.path.name}:{task.file.line(('overrides', *path))}"
         elif _has(template, path):
             origins[".".join(path)] = f"recipe {reference}"
         else:
             origins[".".join(path)] = "default"
-    return Resolved(reference, digest_of(plain(file.root)), settings, origins)
+    return Resolved(reference, digest_of(file.values), settings, origins)
 
 
 def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:
-    """`resolved` with some dotted paths replaced, as a search trial does."""
+    """`resolved` with some dotted paths replaced, as a search trial does.
+
+    Raises:
+        SpecError: A value is not allowed there.
+    """
     tree = resolved.settings.model_dump()
     for path, value in values.items():
         *parents, leaf = path.split(".")
@@ -125,8 +129,21 @@ def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> R
         for parent in parents:
             node = node[parent]
         node[leaf] = value
-    origins = {**resolved.origins, **dict.fromkeys(values, origin)}
-    return Resolved(resolved.template, resolved.template_digest, Settings.model_validate(tree), origins)
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(
+            f"'{'.'.join(map(str, first['loc']))}' is {first['input']!r}: {first['msg']}",
+            where=origin,
+            mend="Correct what the search may choose from.",
+        ) from None
+    return Resolved(
+        resolved.template,
+        resolved.template_digest,
+        settings,
+        {**resolved.origins, **dict.fromkeys(values, origin)},
+    )
 
 
 def _merge(template: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

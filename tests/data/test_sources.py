@@ -148,32 +148,33 @@ def test_copies_nul_bytes_and_very_long_lines_are_read(read: Read, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "where", "expected"),
+    ("name", "content", "says"),
     [
-        ("none.jsonl", None, "none.jsonl", "no such file"),
-        ("none-*.jsonl", None, "none-*.jsonl", "no file matches"),
-        ("a.jsonl", b"", "a.jsonl", "empty"),
-        ("a.csv", b"text,label\n", "a.csv", "no rows"),
-        ("a.jsonl", b'{"txt": "a", "label": "b"}\n', "a.jsonl:1", "Did you mean 'txt'"),
-        ("a.csv", b"text,lable\na,b\n", "a.csv:2", "Did you mean 'lable'"),
-        ("a.jsonl", b'{"text": "a", "label": "b"}\n{"text": "caf\xe9"}\n', "a.jsonl:2", "cp1252"),
-        ("a.csv", "text,label\na,b\n".encode("utf-16"), "a.csv:1", "utf-16"),
-        ("a.jsonl", b"{}\n" * 2 + b"{\n" * 7, "a.jsonl:3", "7 lines are not JSON objects: 3, 4, 5, 6, 7 ..."),
-        ("a.jsonl", b'["text"]\n', "a.jsonl:1", "not JSON objects"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1", "not JSON objects"),
-        ("a.csv", b"text,label\na,b,c\n", "a.csv:2", "3 values"),
-        ("a.parquet", b"PAR1 but no more", "a.parquet", "not a readable Parquet file"),
-        ("a.dat", b"text", "a.dat", "ending does not tell"),
-        ("nosuch://a.jsonl", None, "nosuch://a.jsonl", "cannot be opened"),
+        ("none.jsonl", None, ("none.jsonl", "no such file")),
+        ("none-*.jsonl", None, ("none-*.jsonl", "no file matches")),
+        ("a.jsonl", b"", ("a.jsonl", "empty")),
+        ("a.csv", b"text,label\n", ("a.csv", "no rows")),
+        ("a.jsonl", b'{"txt": "a", "label": "b"}\n', ("a.jsonl:1", "Did you mean 'txt'")),
+        ("a.csv", b"text,lable\na,b\n", ("a.csv:2", "Did you mean 'lable'")),
+        ("a.jsonl", b'{"text": "a", "label": "b"}\n{"text": "caf\xe9"}\n', ("a.jsonl:2", "cp1252")),
+        ("a.csv", "text,label\na,b\n".encode("utf-16"), ("a.csv:1", "utf-16")),
+        ("a.jsonl", b"{}\n" * 2 + b"{\n" * 7, ("a.jsonl:3", "7 lines are not JSON objects: 3, 4, 5, 6, 7 ...")),
+        ("a.jsonl", b'["text"]\n', ("a.jsonl:1", "not JSON objects")),
+        ("a.jsonl", b"[" * 100_000, ("a.jsonl:1", "not JSON objects")),
+        ("a.csv", b"text,label\na,b,c\n", ("a.csv:2", "3 values")),
+        ("a.parquet", b"PAR1 but no more", ("a.parquet", "not a readable Parquet file")),
+        ("a.dat", b"text", ("a.dat", "ending does not tell")),
+        ("nosuch://a.jsonl", None, ("nosuch://a.jsonl", "cannot be opened")),
     ],
 )
 def test_what_is_wrong_and_where(
-    read: Read, tmp_path: Path, name: str, content: bytes | None, where: str, expected: str
+    read: Read, tmp_path: Path, name: str, content: bytes | None, says: tuple[str, str]
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError) as caught:
         read(name)
+    where, expected = says
     assert caught.value.where.endswith(where)
     assert expected in str(caught.value)
     assert caught.value.mend
@@ -233,7 +234,6 @@ def test_mails_of_a_package(real_mails: pd.DataFrame) -> None:
     ],
 )
 def test_what_a_package_lacks(
-    spam_assassin: Path,
     spam_assassin_source: dict[str, object],
     package_cache: Path,
     spec_of: SpecOf,

@@ -14,8 +14,6 @@ from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from tests.graph.small_task import TASK, TASK_FILE, open_home, write_task
 
-IMPOSSIBLE = TASK_FILE.replace("accuracy: 0.7", "accuracy: 1.0\n    macro_f1: 1.0")
-
 
 @pytest.fixture
 def unreleased(copied: Callable[[], Platform]) -> Platform:
@@ -28,11 +26,12 @@ def unreleased(copied: Callable[[], Platform]) -> Platform:
     return open_home(platform.environment.home)
 
 
-def lower(platform: Platform, text: str) -> None:
-    """Replace the task file of a home, keeping its absolute source."""
+def demand_the_impossible(platform: Platform) -> None:
+    """Raise the thresholds of the home's task file to what no adapter here reaches."""
     path = platform.environment.home / "tasks" / "small-mail.yaml"
-    source = next(line for line in path.read_text().splitlines() if "rows.jsonl" in line)
-    path.write_text(text.replace("  - {kind: files, url: rows.jsonl, event_time: at}", source), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "{accuracy: 0.7}" in text
+    path.write_text(text.replace("{accuracy: 0.7}", "{accuracy: 1.0, macro_f1: 1.0}"), encoding="utf-8")
 
 
 def rewrite(lake: Lake, digest: str, name: str, change: Callable[[dict], None]) -> None:
@@ -48,7 +47,7 @@ def test_without_a_trick_the_candidate_is_released(unreleased: Platform) -> None
 
 
 def test_release_alone_asks_the_gates_again(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     outcome = unreleased.materialise(TASK, only=["release"])
     assert not outcome.succeeded
     assert "meets_thresholds" in outcome.failure
@@ -56,21 +55,21 @@ def test_release_alone_asks_the_gates_again(unreleased: Platform) -> None:
 
 
 def test_another_order_does_not_help(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     for only in (["model_version", "bento_service", "release"], ["bento_service", "release"], ["release"]):
         assert not unreleased.materialise(TASK, only=only).succeeded
     assert unreleased.live(TASK) is None
 
 
 def test_a_blocking_check_stops_the_run_before_the_release(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     outcome = unreleased.materialise(TASK)
     assert any(reason.startswith("eval_report.meets_thresholds") for reason in outcome.refusals)
     assert unreleased.live(TASK) is None
 
 
 def test_the_python_api_asks_the_gates_too(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     spec = unreleased.tasks.get(TASK).spec
     with pytest.raises(GateRefusal, match="meets_thresholds"):
         promotion.release(unreleased.lake, unreleased.ledger, spec, actor="me", because="I want it")
@@ -163,7 +162,7 @@ def test_nothing_made_yet_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_person_overrules_with_a_reason_that_is_kept(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     release = unreleased.approve(TASK, because="the threshold is a mistake, ticket 12")
     assert release["kind"] == "approval"
     (only,) = unreleased.history(TASK)
@@ -173,7 +172,7 @@ def test_a_person_overrules_with_a_reason_that_is_kept(unreleased: Platform) -> 
 
 
 def test_an_approval_counts_for_its_own_report_only(unreleased: Platform) -> None:
-    lower(unreleased, IMPOSSIBLE)
+    demand_the_impossible(unreleased)
     candidate = promotion.examine(unreleased.lake, unreleased.ledger, unreleased.tasks.get(TASK).spec)
     unreleased.ledger.approve(task=TASK, adapter=candidate.adapter, report="0" * 64, actor="me", because="another report")
     assert not unreleased.materialise(TASK, only=["release"]).succeeded
