@@ -134,7 +134,7 @@ def replay(body: bytes, receive: Receive) -> Receive:
 def error_response(error: RequestError, trace_id: str) -> JSONResponse:
     """The JSON answer to a refused request."""
     content = ErrorResponse(
-        error_code=error.error_code,  # type: ignore[arg-type]
+        error_code=error.error_code,
         message=_printable(error.what),
         mend=_printable(error.mend),
         trace_id=trace_id,

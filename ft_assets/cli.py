@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Fine-tune LoRA adapters on your own rows: from a task file to a release that answers, is watched and retrained.",
+    help="Fine-tune LoRA adapters on your own rows: from a task file to a release that answers and is watched.",
 )
 task_app = typer.Typer(no_args_is_help=True, help="Task files: check, add, list.")
 release_app = typer.Typer(no_args_is_help=True, help="What is live, what was live when, overrule, go back.")
@@ -100,7 +100,11 @@ def task_list(home: HomeOption = None) -> None:
         for name, task in sorted(tasks.items()):
             live = platform.ledger.live_release(name)
             table.add_row(
-                name, task.spec.type, task.spec.recipe, f"version {live['model_version']}" if live else "-", str(task.path)
+                name,
+                task.spec.type,
+                task.spec.recipe,
+                f"version {live['model_version']}" if live else "-",
+                str(task.path),
             )
         console.print(table)
         for error in errors:
@@ -154,7 +158,9 @@ def report(task: TaskArgument, home: HomeOption = None) -> None:
 def predict(
     task: TaskArgument,
     texts: Annotated[list[str], typer.Argument(help="Texts to answer; '-' reads one a line from standard input.")],
-    version: Annotated[str | None, typer.Option("--version", help="A released version instead of the live one.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="A released version instead of the live one.")
+    ] = None,
     home: HomeOption = None,
 ) -> None:
     """Answer texts with the live release, in this process; logged like the service's answers."""
@@ -179,7 +185,9 @@ def trace(
             return
         found = platform.trace(prediction)
         answer = found.prediction
-        console.print(f"answer   {answer['label']} ({answer['confidence']:.3f}) at {answer['answered_at']:%Y-%m-%d %H:%M:%S}")
+        console.print(
+            f"answer   {answer['label']} ({answer['confidence']:.3f}) at {answer['answered_at']:%Y-%m-%d %H:%M:%S}"
+        )
         if found.release:
             one = found.release
             console.print(f"release  {one['id']}, version {one['model_version']}, by {one['actor']}: {one['because']}")
@@ -213,7 +221,9 @@ def release_history(task: TaskArgument, home: HomeOption = None) -> None:
 
 @release_app.command("approve")
 def release_approve(
-    task: TaskArgument, because: Annotated[str, typer.Option(help="Why the gates are overruled.")], home: HomeOption = None
+    task: TaskArgument,
+    because: Annotated[str, typer.Option(help="Why the gates are overruled.")],
+    home: HomeOption = None,
 ) -> None:
     """Overrule the gates for the newest candidate. Recorded with your name and reason, and shown in the history."""
     with _told():

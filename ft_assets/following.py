@@ -28,11 +28,14 @@ HEADLINES = (
 )
 
 
+Kind = Literal["made", "passed", "refused", "warned", "failed", "note"]
+
+
 @dataclass(frozen=True)
 class Line:
     """One thing that happened in a run."""
 
-    kind: Literal["made", "passed", "refused", "warned", "failed", "note"]
+    kind: Kind
     subject: str
     text: str
     seconds: float
@@ -73,8 +76,10 @@ class Follower:
         if kind == "ASSET_CHECK_EVALUATION":
             check = event.event_specific_data
             informs = check.severity == dg.AssetCheckSeverity.WARN
-            verdict = "passed" if check.passed else "warned" if informs else "refused"
-            return Line(verdict, f"{check.asset_key.to_user_string()}.{check.check_name}", check.description or "", seconds)
+            verdict: Kind = "passed" if check.passed else "warned" if informs else "refused"
+            return Line(
+                verdict, f"{check.asset_key.to_user_string()}.{check.check_name}", check.description or "", seconds
+            )
         if kind == "STEP_FAILURE":
             data = event.event_specific_data
             failure = data.user_failure_data
@@ -116,5 +121,7 @@ def _headline(metadata: Any) -> str:
         value = getattr(metadata[name], "value", metadata[name])
         if value is False:
             continue
-        parts.append(name if value is True else f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        parts.append(
+            name if value is True else f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        )
     return ", ".join(parts)

@@ -61,7 +61,9 @@ def trace_row(lake: Lake, ledger: Ledger, task: str, row_id: str) -> dict[str, A
     raw = lake.require(task, "raw_dataset").parquet("rows.parquet")
     found = raw[raw["row_id"] == row_id]
     if found.empty:
-        raise DataError(f"task '{task}' has no row '{row_id}'", mend="Row ids stand in ft trace and in the eval report.")
+        raise DataError(
+            f"task '{task}' has no row '{row_id}'", mend="Row ids stand in ft trace and in the eval report."
+        )
     clean = lake.require(task, "clean_dataset")
     rejected = clean.parquet("rejected.parquet")
     assigned = lake.require(task, "assignments").parquet("assignments.parquet").set_index("row_id")["split"]
@@ -75,7 +77,9 @@ def trace_row(lake: Lake, ledger: Ledger, task: str, row_id: str) -> dict[str, A
         except ArtefactError:
             continue  # an adapter that was cleaned away can't answer any more either
         if (members["row_id"] == row_id).any():
-            adapters.append({"adapter": release["adapter"], "version": release["model_version"], "release": release["id"]})
+            adapters.append(
+                {"adapter": release["adapter"], "version": release["model_version"], "release": release["id"]}
+            )
     return {
         "row_id": row_id,
         "sources": found["source"].tolist(),

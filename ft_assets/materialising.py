@@ -88,7 +88,13 @@ def _cell(value: Any) -> str:
 
 
 def check(
-    name: str, asset: str, passed: bool, description: str, metadata: Mapping[str, Any] | None = None, *, warn: bool = False
+    name: str,
+    asset: str,
+    passed: bool,
+    description: str,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    warn: bool = False,
 ) -> dg.AssetCheckResult:
     """A check result; `warn` marks one that informs and never blocks."""
     return dg.AssetCheckResult(

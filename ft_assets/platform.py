@@ -1,13 +1,13 @@
 """The Python asset API: open the platform, add a task, materialise it, read its report, predict, trace.
 
-    from ft_assets.platform import Platform
+from ft_assets.platform import Platform
 
-    platform = Platform.open()
-    platform.add_task("my-task.yaml")
-    platform.materialise("my-task")
-    print(platform.report("my-task").models["candidate"])
-    answer = platform.predict("my-task", ["some text"])[0]
-    print(answer.label, platform.trace(answer.prediction_id).rows)
+platform = Platform.open()
+platform.add_task("my-task.yaml")
+platform.materialise("my-task")
+print(platform.report("my-task").models["candidate"])
+answer = platform.predict("my-task", ["some text"])[0]
+print(answer.label, platform.trace(answer.prediction_id).rows)
 """
 
 import io
@@ -37,7 +37,8 @@ from ft_resources.tracking import ModelRegistry
 if TYPE_CHECKING:
     import dagster as dg
 
-    from bento.scorer import Prediction, Scorer
+    from bento.request_log import Prediction
+    from bento.scorer import Scorer
     from ft_assets.following import Line
 
 
@@ -125,7 +126,9 @@ class Platform:
         target = self.environment.home / "tasks" / f"{task.name}.yaml"
         known = self.tasks.load()[0].get(task.name)
         if known is not None and known.path.resolve() not in (target.resolve(), task.path.resolve()):
-            raise SpecError(f"task '{task.name}' is declared already in {known.path}", where=str(path), mend="Rename it.")
+            raise SpecError(
+                f"task '{task.name}' is declared already in {known.path}", where=str(path), mend="Rename it."
+            )
         if known is None or known.path.resolve() == target.resolve() != task.path.resolve():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(_with_absolute_urls(task), encoding="utf-8")
@@ -223,7 +226,12 @@ class Platform:
         return Scorer.open(self.lake, self.ledger)
 
     def predict(
-        self, task: str, inputs: Sequence[str], *, model_version: str | None = None, user: str | None = None,
+        self,
+        task: str,
+        inputs: Sequence[str],
+        *,
+        model_version: str | None = None,
+        user: str | None = None,
         event_time: datetime | None = None,
     ) -> "list[Prediction]":
         """Answers of the live release in this process, logged like those of the service.
@@ -231,9 +239,7 @@ class Platform:
         Raises:
             RequestError: Nothing is live, or the request is not valid.
         """
-        return self._scorer.predict(
-            task, list(inputs), model_version=model_version, user=user, event_time=event_time
-        )
+        return self._scorer.predict(task, list(inputs), model_version=model_version, user=user, event_time=event_time)
 
     def serve(self, port: int | None = None) -> ServerProcess:
         """Start the service on this home in a process of its own; the caller stops it."""
@@ -249,7 +255,9 @@ class Platform:
         """
         spec = self.tasks.get(task).spec
         if not because.strip():
-            raise GateRefusal("an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because.")
+            raise GateRefusal(
+                "an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because."
+            )
         candidate = promotion.examine(self.lake, self.ledger, spec)
         self.ledger.approve(
             task=spec.full_name,
@@ -258,9 +266,7 @@ class Platform:
             actor=self.environment.actor,
             because=because,
         )
-        release, _ = promotion.release(
-            self.lake, self.ledger, spec, actor=self.environment.actor, because=because
-        )
+        release, _ = promotion.release(self.lake, self.ledger, spec, actor=self.environment.actor, because=because)
         self.registry.set_alias(spec.full_name, "champion", release["model_version"])
         return release
 

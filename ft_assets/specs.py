@@ -92,7 +92,9 @@ class YamlFile:
             self.values: dict[str, Any] = plain(self.root)
         except RecursionError:
             raise SpecError(
-                "a value holds itself", where=f"{path}:1", mend="Remove the alias (*name) that stands inside its anchor."
+                "a value holds itself",
+                where=f"{path}:1",
+                mend="Remove the alias (*name) that stands inside its anchor.",
             ) from None
 
     def line(self, loc: Path_) -> int:

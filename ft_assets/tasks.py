@@ -22,6 +22,11 @@ class SourceSpec(Strict):
 
     @model_validator(mode="after")
     def _order(self) -> "SourceSpec":
+        dated = getattr(self, "event_time", None) or getattr(self, "format", None) == "mail"
+        if (self.since or self.until) and not dated:
+            raise Misplaced(
+                "it needs event_time, the column with the time of a row", "since" if self.since else "until"
+            )
         if self.since and self.until and self.since >= self.until:
             raise Misplaced(f"{self.until} leaves no day after since, {self.since}", "until")
         return self
@@ -91,7 +96,9 @@ class CleaningSpec(Strict):
     @model_validator(mode="after")
     def _lengths(self) -> "CleaningSpec":
         if self.min_chars > self.max_chars:
-            raise Misplaced(f"{self.min_chars} is more than max_chars, {self.max_chars}: no row could stay", "min_chars")
+            raise Misplaced(
+                f"{self.min_chars} is more than max_chars, {self.max_chars}: no row could stay", "min_chars"
+            )
         return self
 
 
@@ -133,7 +140,7 @@ class GatePolicy(Strict):
     """What a candidate must show before it may answer traffic."""
 
     thresholds: dict[Literal["accuracy", "macro_f1", "macro_precision", "macro_recall"], float] = Field(
-        default_factory=lambda: {"accuracy": 0.8}, description="Metric to its least value on the test split."
+        default={"accuracy": 0.8}, description="Metric to its least value on the test split."
     )
     min_test_rows: int = Field(20, ge=2, description="Fewer test rows decide nothing: the gate refuses.")
     non_inferiority_margin: float = Field(

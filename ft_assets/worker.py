@@ -1,6 +1,7 @@
 """What every out-of-process worker shares: the job it is given, the result or typed error it reports.
 
-A typed error is a message and a clean exit: Pipes hands messages on only from a process that ended well. A worker is `python -m MODULE`, launched through Dagster Pipes by the compute resource. It never imports dagster.
+A typed error is a message and a clean exit: Pipes hands messages on only from a process that ended well. A worker
+is `python -m MODULE`, launched through Dagster Pipes by the compute resource. It never imports dagster.
 """
 
 import time
@@ -10,6 +11,7 @@ from typing import Any
 from dagster_pipes import PipesContext, open_dagster_pipes
 
 from ft_resources.errors import FtError
+
 
 class Progress:
     """Lines for people in the Dagster log, at most one every `seconds` unless forced."""

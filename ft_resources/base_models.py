@@ -43,7 +43,10 @@ def resolve(reference: str) -> BaseModel:
 def _folder(reference: str) -> Path:
     if reference.startswith("package:"):
         module, _, inside = reference.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(module)
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):  # no parent package, or no module name at all
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise SpecError(
                 f"base model '{reference}' needs the Python package that provides '{module}'",
@@ -59,11 +62,16 @@ def _folder(reference: str) -> Path:
     return path
 
 
-@functools.lru_cache(maxsize=16)
 def digest_of(path: Path) -> str:
     """SHA-256 over the sorted names and bytes of the model files in `path` (not of its subfolders)."""
+    files = sorted({file for pattern in WEIGHTS for file in path.glob(pattern)})
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
-    for file in sorted({file for pattern in WEIGHTS for file in path.glob(pattern)}):
+    for file, _size, _modified in files:
         with file.open("rb") as stream:
             total.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

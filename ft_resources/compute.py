@@ -94,7 +94,7 @@ def _died(module: str, why: str) -> WorkerDied:
     return WorkerDied(
         f"the worker {module} ended without a result ({why})",
         where="its output is in the run's compute log",
-        mend="Nothing was published. If it was killed for memory, lower training.batch_size or base.max_tokens and run again.",
+        mend="Nothing was published. Run again; if memory was short, lower training.batch_size or base.max_tokens.",
     )
 
 

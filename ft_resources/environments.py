@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ft_resources.errors import SpecError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deployments" / "recipes"
+MOST_ADAPTERS = 64
 
 
 @dataclass(frozen=True)
@@ -44,31 +47,46 @@ class Environment:
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None, *, home: str | Path | None = None) -> "Environment":
-        """The environment as `variables` (default: of this process) describe it; `home` overrides `FT_HOME`."""
+        """The environment as `variables` (default: of this process) describe it; `home` overrides `FT_HOME`.
+
+        Relative paths start at the working directory, here and not where a child process happens to stand.
+
+        Raises:
+            SpecError: A variable that is a number or a choice holds something else.
+        """
         get = (os.environ if variables is None else variables).get
         root = Path(home or get("FT_HOME") or ".ft").expanduser().resolve()
         folders = get("FT_TASKS")
         return cls(
             home=root,
-            lake=get("FT_LAKE") or str(root / "lake"),
+            lake=_absolute_url(get("FT_LAKE") or str(root / "lake")),
             ledger=get("FT_LEDGER") or f"sqlite:///{root / 'ledger.db'}",
             mlflow=get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
-            dagster_home=Path(get("DAGSTER_HOME") or root / "dagster"),
-            task_folders=tuple(Path(part) for part in folders.split(os.pathsep))
+            dagster_home=_absolute(get("DAGSTER_HOME") or root / "dagster"),
+            task_folders=tuple(_absolute(part) for part in folders.split(os.pathsep) if part)
             if folders
             else (REPOSITORY / "deployments" / "tasks", root / "tasks"),
-            packages=Path(get("FT_PACKAGE_CACHE") or root / "packages"),
-            compute=get("FT_COMPUTE") or "local",
+            packages=_absolute(get("FT_PACKAGE_CACHE") or root / "packages"),
+            compute=_choice("FT_COMPUTE", get("FT_COMPUTE") or "local", ("local", "kubernetes")),
             image=get("FT_IMAGE") or "",
             namespace=get("FT_NAMESPACE") or "default",
             device=get("FT_DEVICE") or "",
-            max_adapters=int(get("FT_MAX_ADAPTERS") or 64),
+            max_adapters=_positive("FT_MAX_ADAPTERS", get("FT_MAX_ADAPTERS") or str(MOST_ADAPTERS)),
             api_keys=tuple(key.strip() for key in (get("FT_API_KEYS") or "").split(",") if key.strip()),
             actor=get("FT_ACTOR") or get("USER") or get("LOGNAME") or "unknown",
         )
 
     def variables(self) -> dict[str, str]:
-        """The variables that give a child process this environment, offline and without telemetry."""
+        """The variables that give a child process this environment, offline and without telemetry.
+
+        API keys are left out: only the service needs them, and it has them from whoever starts it.
+        """
+        chosen = {
+            "FT_IMAGE": self.image,
+            "FT_NAMESPACE": self.namespace,
+            "FT_DEVICE": self.device,
+            "FT_MAX_ADAPTERS": str(self.max_adapters),
+        }
         return {
             "FT_HOME": str(self.home),
             "FT_LAKE": self.lake,
@@ -87,8 +105,29 @@ class Environment:
             "TOKENIZERS_PARALLELISM": "false",
             # OpenMP threads that spin while they wait starve everything else on a small machine
             "OMP_WAIT_POLICY": "PASSIVE",
+            **{name: value for name, value in chosen.items() if value not in ("", str(MOST_ADAPTERS))},
         }
 
     def export(self) -> None:
         """Give this process, and the processes it starts, this environment."""
         os.environ.update(self.variables())
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _absolute_url(url: str) -> str:
+    return url if "://" in url or "::" in url else str(_absolute(url))
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise SpecError(f"{name} is '{value}'", where="environment", mend="Set it to a whole number of 1 or more.")
+    return int(value)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise SpecError(f"{name} is '{value}'", where="environment", mend=f"Set it to {' or '.join(choices)}.")
+    return value

@@ -2,20 +2,22 @@
 
 An object is a folder with a `manifest.json` that lists kind, what it was made from, and the SHA-256 of every file.
 Its digest is the SHA-256 of that manifest. Publishing is atomic: locally a folder is written aside, flushed and
-renamed; on an object store the manifest is written last, and an object without one does not exist. Every read
-verifies. Two kinds of small pointers make objects findable: keys (what it was made from -> digest) and heads
-(task and asset -> digest).
+renamed; on an object store the manifest is written last, and an object without one does not exist. Every opening
+and every read verifies. Two kinds of small pointers make objects findable: keys (what it was made from -> digest) and
+heads (task and asset -> digest).
 """
 
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,7 @@ import pandas as pd
 from ft_resources.errors import ArtefactError
 
 MANIFEST = "manifest.json"
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def canonical(value: Any) -> bytes:
@@ -58,15 +61,32 @@ class Artefact:
     def path(self, name: str) -> Path:
         if name not in self.files:
             raise ArtefactError(
-                f"{self.kind} {short(self.digest)} has no file '{name}'", where=self.uri, mend=f"It has: {list(self.files)}"
+                f"{self.kind} {short(self.digest)} has no file '{name}'",
+                where=self.uri,
+                mend=f"It has: {list(self.files)}",
             )
         return self.folder / name
 
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, verified once more: an artefact may be held for long.
+
+        Raises:
+            ArtefactError: There is no such file, or it is not what the digest promises.
+        """
+        path = self.path(name)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            raise _damaged(self.digest, self.folder, name) from None
+        if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
+            raise _damaged(self.digest, self.folder, name)
+        return content
+
     def json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_bytes())
+        return json.loads(self.read(name))
 
     def parquet(self, name: str) -> pd.DataFrame:
-        return pd.read_parquet(self.path(name))
+        return pd.read_parquet(io.BytesIO(self.read(name)))
 
 
 class Lake:
@@ -78,12 +98,11 @@ class Lake:
     """
 
     def __init__(self, url: str | Path, *, cache: Path | None = None) -> None:
-        self.url = str(url).rstrip("/")
+        self.url = str(url) if str(url).endswith("://") else str(url).rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.url)
         self.is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
         name = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         self._cache = cache or Path(tempfile.gettempdir()) / f"ft-lake-{os.getuid()}" / name
-        self._verified: dict[str, tuple[tuple[int, int], ...]] = {}
 
     # -- publishing ---------------------------------------------------------------------------------------------
 
@@ -95,19 +114,34 @@ class Lake:
         """
         files = {name: {"sha256": _sha256(path), "size": path.stat().st_size} for name, path in _walk(folder)}
         if not files:
-            raise ArtefactError(f"refusing to publish an empty {kind}", where=str(folder), mend="Write its files first.")
+            raise ArtefactError(
+                f"refusing to publish an empty {kind}", where=str(folder), mend="Write its files first."
+            )
+        if MANIFEST in files:
+            raise ArtefactError(
+                f"refusing to publish a {kind} with a file '{MANIFEST}'",
+                where=str(folder),
+                mend="Name that file otherwise.",
+            )
         manifest = {"kind": kind, "made_from": dict(made_from), "files": files}
         content = canonical(manifest)
         digest = hashlib.sha256(content).hexdigest()
         with self._writing(kind, digest):
-            if not self._fs.exists(self._object(digest, MANIFEST)):
+            artefact = self._intact(digest)
+            if artefact is None:
                 if self.is_local:
                     self._publish_local(folder, list(files), content, digest)
                 else:
                     self._publish_remote(folder, list(files), content, digest)
-            artefact = self.open(digest)
+                artefact = self.open(digest)
             self._write(self._key(kind, made_from), digest.encode())
         return artefact
+
+    def _intact(self, digest: str) -> Artefact | None:
+        try:
+            return self.open(digest)
+        except ArtefactError:
+            return None
 
     def _publish_local(self, folder: Path, names: list[str], manifest: bytes, digest: str) -> None:
         final = Path(self._object(digest))
@@ -122,9 +156,12 @@ class Lake:
             with (aside / MANIFEST).open("wb") as sink:
                 sink.write(manifest)
                 _flush(sink)
+            for inside in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
+                _flush_folder(inside)
             final.parent.mkdir(parents=True, exist_ok=True)
-            if final.exists():  # an object whose manifest was lost: set it aside rather than mix two
-                final.rename(aside.with_name(aside.name + "-damaged"))
+            if final.exists() and self._intact(digest) is None:  # set it aside rather than mix two
+                with suppress(FileNotFoundError):  # someone else just did
+                    final.rename(aside.with_name(aside.name + "-damaged"))
             try:
                 aside.rename(final)
             except OSError as error:
@@ -165,65 +202,87 @@ class Lake:
         Raises:
             ArtefactError: No such object, or its bytes are not those its digest promises.
         """
-        folder = Path(self._object(digest)) if self.is_local else self._fetch(digest)
+        if not DIGEST.fullmatch(digest):
+            raise ArtefactError(
+                f"'{short(digest)}' is no digest", where=self.url, mend="Give all of its 64 hex digits."
+            )
+        if self.is_local:
+            return self._opened(digest, Path(self._object(digest)))
+        cached = self._cache / digest
+        if cached.is_dir():
+            try:
+                return self._opened(digest, cached)
+            except ArtefactError:  # the copy here was damaged: fetch another
+                shutil.rmtree(cached, ignore_errors=True)
+        self._fetch(digest, cached)
+        return self._opened(digest, cached)
+
+    def _opened(self, digest: str, folder: Path) -> Artefact:
         try:
             content = (folder / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise ArtefactError(
-                f"there is no artefact {short(digest)}", where=self.url, mend="Materialise the asset that makes it."
-            ) from None
+            if folder.is_dir():
+                raise _damaged(digest, folder, MANIFEST) from None
+            raise self._absent(digest) from None
+        except OSError as error:
+            raise _unreadable(digest, folder, MANIFEST, error) from error
         if hashlib.sha256(content).hexdigest() != digest:
-            raise self._damaged(digest, folder, MANIFEST)
+            raise _damaged(digest, folder, MANIFEST)
         manifest = json.loads(content)
-        self._verify(digest, folder, manifest["files"])
+        for name, entry in manifest["files"].items():
+            try:
+                intact = _sha256(folder / name) == entry["sha256"]
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                intact = False
+            except OSError as error:
+                raise _unreadable(digest, folder, name, error) from error
+            if not intact:
+                raise _damaged(digest, folder, name)
         return Artefact(
-            digest, manifest["kind"], manifest["made_from"], manifest["files"], folder, f"{self.url}/{self._relative(digest)}"
+            digest,
+            manifest["kind"],
+            manifest["made_from"],
+            manifest["files"],
+            folder,
+            f"{self.url}/{self._relative(digest)}",
         )
 
-    def _verify(self, digest: str, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        try:
-            signature = tuple((stat.st_size, stat.st_mtime_ns) for stat in ((folder / name).stat() for name in files))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._damaged(digest, folder, Path(error.filename).name) from None
-        if self._verified.get(digest) == signature:
-            return
-        for name, entry in files.items():
-            if _sha256(folder / name) != entry["sha256"]:
-                raise self._damaged(digest, folder, name)
-        self._verified[digest] = signature
-
-    def _damaged(self, digest: str, folder: Path, name: str) -> ArtefactError:
+    def _absent(self, digest: str) -> ArtefactError:
         return ArtefactError(
-            f"artefact {short(digest)} is damaged: '{name}' is not what its digest promises",
-            where=str(folder),
-            mend="Remove that folder and materialise the asset again, or restore it from a backup.",
+            f"there is no artefact {short(digest)}", where=self.url, mend="Materialise the asset that makes it."
         )
 
-    def _fetch(self, digest: str) -> Path:
-        folder = self._cache / digest
-        if (folder / MANIFEST).is_file():
-            return folder
-        if not self._fs.exists(self._object(digest, MANIFEST)):
-            return folder
+    def _fetch(self, digest: str, folder: Path) -> None:
+        origin = f"{self.url}/{self._relative(digest)}"
+        manifest = self._read(self._object(digest, MANIFEST))
+        if manifest is None:
+            raise self._absent(digest)
+        if hashlib.sha256(manifest).hexdigest() != digest:  # before any name in it is trusted
+            raise _damaged(digest, origin, MANIFEST)
         aside = self._cache / f"incoming-{uuid.uuid4().hex}"
-        manifest = self._fs.cat_file(self._object(digest, MANIFEST))
-        for name in json.loads(manifest)["files"]:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            self._fs.get_file(self._object(digest, name), str(aside / name))
-        (aside / MANIFEST).write_bytes(manifest)
         try:
-            aside.rename(folder)
-        except OSError:
-            shutil.rmtree(aside)  # another process fetched it meanwhile
-        return folder
+            for name in json.loads(manifest)["files"]:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._fs.get_file(self._object(digest, name), str(aside / name))
+                except FileNotFoundError:
+                    raise _damaged(digest, origin, name) from None
+            (aside / MANIFEST).write_bytes(manifest)
+            self._opened(digest, aside)  # damaged on the far side: keep no copy of it
+            try:
+                aside.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # someone else just fetched the same
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def find(self, kind: str, made_from: Mapping[str, Any]) -> Artefact | None:
         """The object of this kind that was made from exactly these things, if it was made before and is intact."""
-        try:
-            digest = self._read(self._key(kind, made_from))
-            return self.open(digest.decode()) if digest else None
-        except ArtefactError:
-            return None  # lost or damaged: it has to be made again
+        digest = self._read(self._key(kind, made_from))
+        artefact = self._intact(digest.decode("ascii", "replace")) if digest else None
+        # damaged or lost it has to be made again, and so it has if the pointer was
+        return artefact if artefact and artefact.kind == kind and artefact.made_from == _stored(made_from) else None
 
     # -- pointers -----------------------------------------------------------------------------------------------
 
@@ -235,13 +294,27 @@ class Lake:
 
     def head(self, task: str, asset: str) -> Artefact | None:
         """The artefact that `asset` of `task` points at, verified; None before its first materialisation."""
-        content = self._read(self._head(task, asset))
-        return self.open(json.loads(content)["digest"]) if content else None
+        head = self._pointer(task, asset)
+        return self.open(head["digest"]) if head else None
 
     def head_time(self, task: str, asset: str) -> datetime | None:
         """When `asset` of `task` was last materialised."""
+        head = self._pointer(task, asset)
+        return datetime.fromisoformat(head["at"]) if head else None
+
+    def _pointer(self, task: str, asset: str) -> dict[str, str] | None:
         content = self._read(self._head(task, asset))
-        return datetime.fromisoformat(json.loads(content)["at"]) if content else None
+        if content is None:
+            return None
+        try:
+            head = json.loads(content)
+            return {"digest": str(head["digest"]), "at": str(datetime.fromisoformat(head["at"]))}
+        except (ValueError, KeyError, TypeError):
+            raise ArtefactError(
+                f"the pointer to '{asset}' of task '{task}' is damaged",
+                where=self._head(task, asset),
+                mend=f"Materialise {asset} again.",
+            ) from None
 
     def require(self, task: str, asset: str) -> Artefact:
         """Like `head`, but an asset that was never materialised is an error that names it."""
@@ -294,6 +367,27 @@ class Lake:
             return bytes(self._fs.cat_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def _damaged(digest: str, place: Path | str, name: str) -> ArtefactError:
+    return ArtefactError(
+        f"artefact {short(digest)} is damaged: '{name}' is not what its digest promises",
+        where=str(place),
+        mend="Remove that folder and materialise the asset again, or restore it from a backup.",
+    )
+
+
+def _unreadable(digest: str, folder: Path, name: str, error: OSError) -> ArtefactError:
+    return ArtefactError(
+        f"'{name}' of artefact {short(digest)} cannot be read: {error.strerror or error}",
+        where=str(folder),
+        mend="Check its permissions and the disk.",
+    )
+
+
+def _stored(value: Mapping[str, Any]) -> Any:
+    """`value` as a manifest gives it back: tuples are lists there."""
+    return json.loads(canonical(dict(value)))
 
 
 def _walk(folder: Path) -> list[tuple[str, Path]]:

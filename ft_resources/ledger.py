@@ -38,19 +38,27 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        parsed = sa.make_url(url)
-        self._sqlite = parsed.get_backend_name() == "sqlite"
-        if self._sqlite and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        self._engine = sa.create_engine(url, **({"connect_args": {"timeout": 60}} if self._sqlite else {}))
+        try:
+            parsed = sa.make_url(url)
+            self._sqlite = parsed.get_backend_name() == "sqlite"
+            if self._sqlite and parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self._engine = sa.create_engine(url, **({"connect_args": {"timeout": 60}} if self._sqlite else {}))
+        except (sa.exc.ArgumentError, ImportError, OSError) as error:
+            raise ArtefactError(
+                f"the ledger cannot be opened: {error}",
+                where="FT_LEDGER",
+                mend="Write sqlite:////path/to/ledger.db or postgresql+psycopg2://user@host/name.",
+            ) from error
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
-            sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
         try:
             schema.upgrade(self._engine, url)
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DatabaseError, schema.UnknownRevisionError, OSError) as error:
+            self._engine.dispose()
             raise ArtefactError(
-                f"the ledger cannot be opened: {error.orig}",
+                f"the ledger cannot be opened: {getattr(error, 'orig', None) or error}",
                 where=parsed.render_as_string(hide_password=True),
                 mend="Check that it is a database of this platform and that it can be written.",
             ) from error
@@ -113,15 +121,19 @@ class Ledger:
             "actor": actor,
             "because": because,
             "decision": dict(decision),
-            "created_at": now(),
         }
-        share = {"adapter": adapter, "model_version": model_version, "release_id": release["id"], "base": base, "share": 1.0}
+        share = {
+            "adapter": adapter,
+            "model_version": model_version,
+            "release_id": release["id"],
+            "base": base,
+            "share": 1.0,
+        }
         route = {
             "task": task,
             "release_id": release["id"],
             "plan": {"shares": [share], "shadow": []},
             "actor": actor,
-            "created_at": release["created_at"],
         }
         newest = sa.select(schema.routes.c.release_id).where(schema.routes.c.task == task)
         with self._write() as connection:
@@ -133,9 +145,11 @@ class Ledger:
                     where=f"release of {task}",
                     mend="Evaluate again against the adapter that is live now.",
                 )
+            # the time is taken while others wait, so that times and revisions have one order
+            release["created_at"] = route["created_at"] = now()
             connection.execute(schema.releases.insert().values(**release))
             connection.execute(schema.routes.insert().values(**route))
-            self._audit(connection, actor, kind, task, release["id"], {"adapter": adapter, "because": because})
+            self._audit(connection, actor, kind, task, str(release["id"]), {"adapter": adapter, "because": because})
         return release
 
     def releases(self, task: str) -> list[dict[str, Any]]:
@@ -244,44 +258,46 @@ class Ledger:
         )
         frame = pd.DataFrame(self._rows(query), columns=[column.name for column in table.c])
         feedback = self._feedback(task)
-        frame["true_label"] = frame["id"].map({key: row["label"] for key, row in feedback.items() if row["label"]})
-        frame["rating"] = frame["id"].map({key: row["rating"] for key, row in feedback.items() if row["rating"]})
+        for column in ("event_time", "answered_at"):
+            frame[column] = frame[column].astype("datetime64[us, UTC]")
+        for column, key in (("true_label", "label"), ("rating", "rating")):
+            said = [feedback[one][key] if one in feedback else None for one in frame["id"]]
+            frame[column] = pd.Series(said, index=frame.index, dtype=object)
         return frame
 
     def traffic_days(self, task: str) -> dict[str, int]:
-        """Days (UTC, ISO) with answered requests -> requests plus feedback of that day, which grows as labels arrive."""
+        """Days (UTC, ISO) with answered requests -> its requests and labels; grows as labels arrive."""
         predictions, feedback = schema.predictions, schema.feedback
-        answered = sa.select(predictions.c.event_time).where(predictions.c.task == task)
-        labelled = (
-            sa.select(predictions.c.event_time)
-            .join(feedback, feedback.c.prediction_id == predictions.c.id)
-            .where(predictions.c.task == task)
-        )
+        day = sa.func.date(predictions.c.event_time, type_=sa.types.NullType()).label("day")
+        answered = sa.select(day, sa.func.count().label("rows")).where(predictions.c.task == task).group_by(day)
+        labelled = answered.join(feedback, feedback.c.prediction_id == predictions.c.id)
         days: dict[str, int] = {}
         for query in (answered, labelled):
             for row in self._rows(query):
-                day = row["event_time"].date().isoformat()
-                days[day] = days.get(day, 0) + 1
+                days[str(row["day"])] = days.get(str(row["day"]), 0) + row["rows"]
         return days
 
     def add_feedback(
         self, *, prediction_id: str, label: str | None, rating: int | None, author: str, at: datetime | None = None
     ) -> bool:
-        """Store what a person says of an answer; False when exactly that is known already.
+        """Store what a person says of an answer; False when it is what `author` said of it last.
 
         Raises:
             RequestError: `unknown_prediction`.
         """
         prediction = self.prediction(prediction_id)
         table = schema.feedback
-        same = sa.select(table).where(
-            table.c.prediction_id == prediction_id,
-            table.c.author == author,
-            table.c.label.is_not_distinct_from(label),
-            table.c.rating.is_not_distinct_from(rating),
+        last = (
+            sa.select(table.c.label, table.c.rating)
+            .where(table.c.prediction_id == prediction_id, table.c.author == author)
+            .order_by(table.c.id.desc())
+            .limit(1)
         )
+        turn = sa.select(schema.predictions.c.id).where(schema.predictions.c.id == prediction_id).with_for_update()
         with self._write() as connection:
-            if connection.execute(same).first():
+            connection.execute(turn)  # the same feedback sent twice at once is stored once
+            known = connection.execute(last).first()
+            if known is not None and tuple(known) == (label, rating):
                 return False
             connection.execute(
                 table.insert().values(
@@ -360,6 +376,7 @@ class Ledger:
             ArtefactError: An event was changed, removed or inserted after the fact.
         """
         previous = GENESIS
+        decided = [row["id"] for row in self._rows(sa.select(schema.releases.c.id))]  # first: events only get more
         events = self._rows(sa.select(schema.audit).order_by(schema.audit.c.id))
         for row in events:
             event = {key: row[key] for key in ("at", "actor", "action", "task", "subject", "detail")}
@@ -370,6 +387,14 @@ class Ledger:
                     mend="Events were tampered with; compare with a backup.",
                 )
             previous = row["hash"]
+        # the newest events could go without breaking the chain
+        silent = sorted(set(decided) - {row["subject"] for row in events})
+        if silent:
+            raise ArtefactError(
+                f"release {silent[0]} has no audit event",
+                where=sa.make_url(self.url).render_as_string(hide_password=True),
+                mend="Events were tampered with; compare with a backup.",
+            )
         return [row for row in events if task is None or row["task"] == task]
 
 
@@ -377,8 +402,13 @@ def _chain(previous: str, event: Mapping[str, str]) -> str:
     return hashlib.sha256((previous + json.dumps(dict(event), sort_keys=True)).encode()).hexdigest()
 
 
+def _begin_sqlite(connection: sa.Connection) -> None:
+    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":  # reads never wait for a writer
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy's begin event above opens transactions, not the driver
+    connection.isolation_level = None  # the begin event opens transactions, not the driver
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout=60000")
     cursor.execute("PRAGMA journal_mode=WAL")

@@ -105,17 +105,28 @@ audit = sa.Table(
 )
 
 
+class UnknownRevisionError(Exception):
+    """The database was brought to a schema that this version of the platform does not know."""
+
+
 def upgrade(engine: sa.Engine, url: str) -> None:
-    """Run the migrations that `engine`'s database lacks; processes that start together take turns."""
+    """Run the migrations that `engine`'s database lacks; processes that start together take turns.
+
+    Raises:
+        UnknownRevisionError: A newer version of the platform migrated the database.
+    """
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    newest = ScriptDirectory.from_config(config).get_current_head()
-    if _revision(engine) == newest:
+    scripts = ScriptDirectory.from_config(config)
+    newest, present = scripts.get_current_head(), _revision(engine)
+    if present == newest:
         return
+    if present is not None and present not in {script.revision for script in scripts.walk_revisions()}:
+        raise UnknownRevisionError(f"its schema {present} is newer than {newest}, the newest one known here")
     with _turn(engine, url), engine.connect() as connection:
         if _revision(engine) == newest:
             return
@@ -146,7 +157,8 @@ def _advisory_lock(engine: sa.Engine) -> Any:
     def lock() -> Any:
         with engine.connect() as connection:
             if engine.dialect.name == "postgresql":
-                connection.exec_driver_sql("SELECT pg_advisory_lock(20021001)")
+                # held by the transaction, which ends with this block: a pooled connection must not keep it
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(20021001)")
             yield
 
     return lock()

@@ -51,5 +51,5 @@ def platform_resources() -> dict[str, Any]:
         "ledger": ledger,
         "registry": registry,
         "bentos": bentos,
-        "compute": Compute(kind=settings.compute, image=settings.image, namespace=settings.namespace),  # type: ignore[arg-type]
+        "compute": Compute(kind=settings.compute, image=settings.image, namespace=settings.namespace),  # type: ignore[arg-type, call-arg]
     }

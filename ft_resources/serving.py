@@ -50,7 +50,9 @@ class ServerProcess:
             said = error.read().decode("utf-8", "replace")[:500]
             raise ServiceError(f"the service answered {error.code}: {said}", where=self.url + path) from error
         except (OSError, ValueError) as error:
-            raise ServiceError(f"the service did not answer: {error}", where=self.url + path, mend=f"See {self.log}.") from error
+            raise ServiceError(
+                f"the service did not answer: {error}", where=self.url + path, mend=f"See {self.log}."
+            ) from error
 
     def stop(self) -> None:
         """SIGTERM to the process group, SIGKILL if it does not end within 20 seconds."""
@@ -124,10 +126,14 @@ class BentoStore:
                 text=True,
                 check=False,
             )
-        tags = [line.removeprefix("__tag__:").strip() for line in built.stdout.splitlines() if line.startswith("__tag__:")]
+        tags = [
+            line.removeprefix("__tag__:").strip() for line in built.stdout.splitlines() if line.startswith("__tag__:")
+        ]
         if built.returncode or not tags:
             tail = "\n".join((built.stderr + built.stdout).splitlines()[-12:])
-            raise ServiceError(f"bentoml build failed:\n{tail}", where=f"task {task}", mend="Mend the cause and run again.")
+            raise ServiceError(
+                f"bentoml build failed:\n{tail}", where=f"task {task}", mend="Mend the cause and run again."
+            )
         return tags[0]
 
     @contextmanager
@@ -164,7 +170,7 @@ class BentoStore:
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [_bentoml(), "serve", target, "--host", "127.0.0.1", "--port", str(port)],
-                cwd=REPOSITORY if ":" in target and "." in target.split(":")[0] else home,
+                cwd=REPOSITORY if ":" in target and "." in target.split(":", maxsplit=1)[0] else home,
                 env=variables,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -182,7 +188,9 @@ class BentoStore:
                 time.sleep(0.2)
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         server.stop()
-        raise ServiceError(f"'bentoml serve {target}' did not become ready:\n{tail}", where=str(log), mend="Mend the cause.")
+        raise ServiceError(
+            f"'bentoml serve {target}' did not become ready:\n{tail}", where=str(log), mend="Mend the cause."
+        )
 
     def _variables(self, home: Path) -> dict[str, str]:
         home.mkdir(parents=True, exist_ok=True)

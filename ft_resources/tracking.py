@@ -164,7 +164,9 @@ class ModelRegistry:
             card: dict[str, Any] = load_dict(f"{location}/card/model_card.json")
         except MlflowException as error:
             raise ArtefactError(
-                f"version {version} of '{task}' has no model card", where=self.uri, mend="Materialise model_version again."
+                f"version {version} of '{task}' has no model card",
+                where=self.uri,
+                mend="Materialise model_version again.",
             ) from error
         return card
 

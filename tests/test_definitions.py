@@ -39,7 +39,8 @@ def described() -> dict[str, Any]:
         "checks": dict(sorted(checks.items())),
         "jobs": sorted(job.name for job in repository.get_all_jobs() if not job.name.startswith("__")),
         "sensors": {
-            sensor.name: sensor.default_status.value for sensor in sorted(repository.sensor_defs, key=lambda one: one.name)
+            sensor.name: sensor.default_status.value
+            for sensor in sorted(repository.sensor_defs, key=lambda one: one.name)
         },
     }
 

@@ -31,7 +31,12 @@ from ft_resources.serving import ServerProcess
 TASK = "mail-triage"
 WORKERS = 16
 LAST_REPLAYED_DAY = date(2002, 9, 30)
-ACTIVE = {dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED}
+ACTIVE = {
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ def main() -> None:
 
         with step("The same service, never restarted, answers with the new release: before and after") as verdict:
             _wait_for_release(server, mails.iloc[0], second["id"])
-            before, after = (_accuracy(server, later, version) for version in (first["model_version"], second["model_version"]))
+            before, after = (
+                _accuracy(server, later, version) for version in (first["model_version"], second["model_version"])
+            )
             verdict.append(
                 f"on the same {len(later)} later mails: accuracy {before:.3f} before, {after:.3f} after retraining"
             )
@@ -157,7 +164,11 @@ def _replay(platform: Platform, server: ServerProcess, mails: pd.DataFrame, cut:
                 right = sum(answer["label"] == mail["label"] for mail, answer in zip(todays, answers, strict=True))
                 console.print(
                     f"   {day}: {len(todays):3} mails, accuracy {right / len(todays):.3f}, {labels:4} labels back; "
-                    + ("[yellow]drift: " + ", ".join(found["drift"]["alarmed"]) + "[/yellow]" if found["alarm"] else found["drift"]["verdict"])
+                    + (
+                        "[yellow]drift: " + ", ".join(found["drift"]["alarmed"]) + "[/yellow]"
+                        if found["alarm"]
+                        else found["drift"]["verdict"]
+                    )
                 )
                 if found["alarm"] and labels >= needed:
                     return f"{sent} mails answered, {labels} labels back, drift confirmed on {day}"

@@ -59,7 +59,11 @@ def raw_dataset(
 
 
 @dg.asset(
-    partitions_def=task_partitions, deps=[raw_dataset], group_name=GROUP, kinds={"parquet"}, code_version=CLEANER_VERSION
+    partitions_def=task_partitions,
+    deps=[raw_dataset],
+    group_name=GROUP,
+    kinds={"parquet"},
+    code_version=CLEANER_VERSION,
 )
 def clean_dataset(
     context: dg.AssetExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
@@ -130,9 +134,7 @@ def splits(
             assigned = assign(clean_rows.parquet("kept.parquet"), task.spec.split, previous)
             assigned.to_parquet(folder / "assignments.parquet", index=False)
 
-        assignments = publish(
-            context, lake, (task.name, "assignments"), "assignments", made_from, write_assignments
-        )
+        assignments = publish(context, lake, (task.name, "assignments"), "assignments", made_from, write_assignments)
         assigned = assignments.parquet("assignments.parquet")
         present = assigned[assigned["present"]]
         labels = clean_rows.parquet("kept.parquet").set_index("row_id")["label"]

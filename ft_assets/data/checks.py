@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from ft_assets.data.assets import SPLITS
 from bento.preparation import find
+from ft_assets.data.assets import SPLITS
 from ft_assets.data.rows import ROW_COLUMNS, row_id
 from ft_assets.data.splits import leaks
 from ft_assets.materialising import check, table, task_named
@@ -40,7 +40,9 @@ def raw_dataset_checks(
         "schema_valid",
         "raw_dataset",
         not wrong and bad_ids == 0,
-        "columns and row ids are as agreed" if not wrong and not bad_ids else f"columns {list(rows.columns)}, {bad_ids} wrong ids",
+        "columns and row ids are as agreed"
+        if not wrong and not bad_ids
+        else f"columns {list(rows.columns)}, {bad_ids} wrong ids",
     )
     least = task.spec.cleaning.min_rows
     yield check(
@@ -120,7 +122,11 @@ def clean_dataset_checks(
         "clean_dataset",
         rate <= 0.05,
         f"{len(suspects)} of {len(kept)} labels ({rate:.1%}) disagree with nearly all of their nearest rows",
-        {"suspects": table([{"row_id": kept['row_id'].iloc[i], "label": kept['label'].iloc[i]} for i in suspects[:20]])},
+        {
+            "suspects": table(
+                [{"row_id": kept["row_id"].iloc[i], "label": kept["label"].iloc[i]} for i in suspects[:20]]
+            )
+        },
         warn=True,
     )
 

@@ -14,7 +14,14 @@ import pandas as pd
 from ft_assets.data.rows import frame
 from ft_resources.errors import SourceError
 
-ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 GUESSES = ("utf-16", "cp1252", "gb18030")
 FIELD_LIMIT = 1 << 30
 
@@ -137,7 +144,9 @@ def _jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
     if bad:
         listed = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise SourceError(
-            f"{len(bad)} lines are not JSON objects: {listed}", where=f"{name}:{bad[0]}", mend="Write one object a line."
+            f"{len(bad)} lines are not JSON objects: {listed}",
+            where=f"{name}:{bad[0]}",
+            mend="Write one object a line.",
         )
     return rows
 

@@ -23,7 +23,8 @@ def no_gaps(
     return dg.AssetCheckResult(
         passed=not lost and not missing,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{len(answered)} answered, {len(lost)} of them not compacted; earlier days without a snapshot: {len(missing)}",
+        description=f"{len(answered)} answered, {len(lost)} of them not compacted; "
+        f"earlier days without a snapshot: {len(missing)}",
         metadata={"missing_days": ", ".join(missing[:30]) or "none"},
     )
 

@@ -176,7 +176,13 @@ def release(
         made_from = {"release": live["id"], "adapter": candidate.adapter, "eval_report": candidate.report}
         artefact = publish(context, lake, (task.name, "release"), "release", made_from, write)
         history = [
-            {"at": f"{one['created_at']:%Y-%m-%d %H:%M:%S}", "kind": one["kind"], "version": one["model_version"], "by": one["actor"], "because": one["because"]}
+            {
+                "at": f"{one['created_at']:%Y-%m-%d %H:%M:%S}",
+                "kind": one["kind"],
+                "version": one["model_version"],
+                "by": one["actor"],
+                "because": one["because"],
+            }
             for one in ledger.releases(task.name)
         ]
         return result(

@@ -41,6 +41,7 @@ def answers_golden_requests(
     wrong = [one for one in service["golden"] if one["expected"] != one["answered"]]
     return dg.AssetCheckResult(
         passed=service["answers_match"] and bool(service["golden"]),
-        description=f"{len(service['golden']) - len(wrong)} of {len(service['golden'])} golden requests answered as evaluated",
+        description=f"{len(service['golden']) - len(wrong)} of {len(service['golden'])} golden requests "
+        "answered as evaluated",
         metadata={"wrong": table(wrong)},
     )

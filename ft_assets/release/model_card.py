@@ -7,10 +7,24 @@ from ft_assets.evaluation.report import EvalReport
 from ft_assets.tasks import TaskSpec
 from ft_resources.lake import short
 
-REQUIRED = ("task", "description", "type", "labels", "base_model", "adapter", "report", "mlflow_run", "metrics", "rows", "limits")
+REQUIRED = (
+    "task",
+    "description",
+    "type",
+    "labels",
+    "base_model",
+    "adapter",
+    "report",
+    "mlflow_run",
+    "metrics",
+    "rows",
+    "limits",
+)
 
 
-def model_card(task: TaskSpec, about: Mapping[str, Any], report: EvalReport, facts: Mapping[str, Any]) -> dict[str, Any]:
+def model_card(
+    task: TaskSpec, about: Mapping[str, Any], report: EvalReport, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The card as JSON.
 
     Args:
@@ -55,7 +69,9 @@ def missing(card: Mapping[str, Any]) -> list[str]:
 
 def as_markdown(card: Mapping[str, Any]) -> str:
     """The card as people read it."""
-    metrics = "\n".join(f"| {k} | {v['value']:.4f} | {v['low']:.4f} to {v['high']:.4f} |" for k, v in card["metrics"].items())
+    metrics = "\n".join(
+        f"| {k} | {v['value']:.4f} | {v['low']:.4f} to {v['high']:.4f} |" for k, v in card["metrics"].items()
+    )
     weak = "\n".join(f"- {line}" for line in card["limits"]["weakest_slices"])
     rows = ", ".join(f"{split} {count}" for split, count in card["rows"].items())
     return (
@@ -63,5 +79,6 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         f"LoRA adapter `{short(card['adapter'])}` on `{card['base_model']}`, recipe `{card['template']}`, "
         f"labels {', '.join(card['labels'])}. Rows: {rows}.\n\n"
         f"| metric | value | interval |\n|---|---|---|\n{metrics}\n\n"
-        f"## Limits\n\n{card['limits']['scope']} Inputs are cut to {card['limits']['max_tokens']} tokens. Weakest slices:\n\n{weak}\n"
+        f"## Limits\n\n{card['limits']['scope']} Inputs are cut to {card['limits']['max_tokens']} tokens. "
+        f"Weakest slices:\n\n{weak}\n"
     )

@@ -72,7 +72,9 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
     )
 
 
-def release(lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: str) -> tuple[dict[str, Any], Candidate]:
+def release(
+    lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: str
+) -> tuple[dict[str, Any], Candidate]:
     """Make the candidate live, or refuse.
 
     Returns:
@@ -90,7 +92,9 @@ def release(lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: 
     if not candidate.decision.passed:
         approval = ledger.approval(task=name, adapter=candidate.adapter, report=candidate.report)
         if approval is None:
-            reasons = "; ".join(f"{gate}: {candidate.decision.gate(gate).reason}" for gate in candidate.decision.refusals)
+            reasons = "; ".join(
+                f"{gate}: {candidate.decision.gate(gate).reason}" for gate in candidate.decision.refusals
+            )
             raise GateRefusal(
                 f"{candidate.decision.verdict} {reasons}",
                 where=f"release of {name}",

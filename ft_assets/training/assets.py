@@ -109,7 +109,7 @@ def adapter(
                 "loss_curve": image(_loss_curve(history), "loss"),
                 "settings": dg.MetadataValue.json(chosen.settings.model_dump()),
                 "origins": dg.MetadataValue.json(dict(chosen.origins)),
-                "mlflow": f"experiment ft/{task.name}, run tagged adapter={short(artefact.digest)}...; see it with: ft mlflow",
+                "mlflow": f"experiment ft/{task.name}, run with tag adapter {artefact.digest}; see it with: ft mlflow",
             },
         )
 

@@ -25,7 +25,8 @@ def within_budget(
     passed = len(trials) <= budget.trials and before_last <= budget.max_minutes * 60
     return dg.AssetCheckResult(
         passed=passed,
-        description=f"{len(trials)} of {budget.trials} trials in {found['seconds'] / 60:.1f} of {budget.max_minutes} minutes",
+        description=f"{len(trials)} of {budget.trials} trials, "
+        f"{found['seconds'] / 60:.1f} of {budget.max_minutes:g} minutes",
     )
 
 

@@ -22,4 +22,9 @@ TRAINER = _source_digest()
 def environment_of_training() -> dict[str, str]:
     """Library versions, threads and processor family."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")}
-    return {**packages, "python": platform.python_version(), "machine": platform.machine(), "threads": str(os.cpu_count())}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(os.cpu_count()),
+    }

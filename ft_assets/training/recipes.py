@@ -27,7 +27,7 @@ class LoraSettings(Strict):
     """Low-rank adaptation (Hu et al., 2021), as peft names its options."""
 
     rank: int = Field(16, ge=1, le=512, description="Rank of the update.")
-    alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / rank.")
+    alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Layers that are adapted.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023).")
@@ -100,7 +100,9 @@ def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
         )
     if task.spec.type not in recipe.types:
         raise SpecError(
-            f"recipe {reference} does not train {task.spec.type}", where=where, mend=f"It trains {', '.join(recipe.types)}."
+            f"recipe {reference} does not train {task.spec.type}",
+            where=where,
+            mend=f"It trains {', '.join(recipe.types)}.",
         )
     template = file.values["settings"]
     merged = _merge(template, task.spec.overrides)

@@ -149,7 +149,10 @@ def train(
     for epoch in range(1, options.epochs + 1):
         model.train()
         for batch in length_grouped([len(ids) for ids in encoded], options.batch_size, options.seed + epoch):
-            loss = criterion(forward([encoded[row] for row in batch]), torch.tensor([rows.labels[row] for row in batch], device=where))
+            loss = criterion(
+                forward([encoded[row] for row in batch]),
+                torch.tensor([rows.labels[row] for row in batch], device=where),
+            )
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(
@@ -159,20 +162,32 @@ def train(
                 )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(adapted, options.max_grad_norm)
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             history.loss.append(value)
-            on_step(Step(step, steps, epoch, value, rate, sum(len(encoded[row]) for row in batch), time.perf_counter() - started))
+            on_step(
+                Step(
+                    step,
+                    steps,
+                    epoch,
+                    value,
+                    rate,
+                    sum(len(encoded[row]) for row in batch),
+                    time.perf_counter() - started,
+                )
+            )
         measured, _ = _measure(model, forward, held_out, validation.labels)
         history.validation.append(measured)
         on_epoch(epoch, measured)
         score = (measured["macro_f1"], -measured["loss"])
         if best is None or score > best:
             best, history.best_epoch = score, epoch
-            best_weights = {name: copy.deepcopy(w) for name, w in model.state_dict().items() if _is_trained(model, name)}
+            best_weights = {
+                name: copy.deepcopy(w) for name, w in model.state_dict().items() if _is_trained(model, name)
+            }
     model.load_state_dict(best_weights, strict=False)
     _, logits = _measure(model, forward, held_out, validation.labels)
     temperature = fit_temperature(logits, np.array(validation.labels)) if validation.labels else 1.0
@@ -192,7 +207,7 @@ def _classifier(base: BaseModel, settings: Settings, labels: int, bf16: bool) ->
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         exclude_modules=["pooler.dense"],  # not on the way from the states to the head
@@ -273,13 +288,16 @@ def _save(
     describe: dict[str, Any],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.encoder.float().save_pretrained(folder)
+    model.encoder.float().save_pretrained(folder)  # type: ignore[operator]
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base.reference
     config["target_modules"] = sorted(config["target_modules"])  # peft keeps a set, whose order is not stable
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the model card is the registry's
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in model.head.state_dict().items()}, folder / "head.safetensors")
+    save_file(
+        {k: v.detach().float().cpu().contiguous() for k, v in model.head.state_dict().items()},
+        folder / "head.safetensors",
+    )
     adapter = {
         "format": 1,
         "type": "text-classification",

@@ -31,11 +31,11 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     lake = Lake(job["lake"])
     settings = Settings.model_validate(job["settings"])
     numbers = {label: number for number, label in enumerate(job["labels"])}
-    sets = [
+    training, validation = (
         Rows(frame["text"].tolist(), [numbers[label] for label in frame["label"]])
         for frame in (split_rows(lake, job[split]) for split in ("train_split", "validation_split"))
-    ]
-    tracked.params({**_flat(settings.model_dump()), "rows": len(sets[0].texts), "template": job["template"]})
+    )
+    tracked.params({**_flat(settings.model_dump()), "rows": len(training.texts), "template": job["template"]})
 
     def on_step(step: Step) -> None:
         tracked.metrics({"loss": step.loss, "learning_rate": step.learning_rate, "tokens": step.tokens}, step.step)
@@ -45,13 +45,14 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     def on_epoch(epoch: int, measured: dict[str, float]) -> None:
         tracked.metrics({f"validation_{name}": value for name, value in measured.items()}, epoch)
         figures = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-        progress(f"epoch {epoch} on {len(sets[1].texts)} validation rows: {figures}", force=True)
+        progress(f"epoch {epoch} on {len(validation.texts)} validation rows: {figures}", force=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         try:
             history = train(
-                *sets,
+                training,
+                validation,
                 job["labels"],
                 resolve(settings.base.model),
                 settings,
@@ -66,7 +67,12 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             tracked.finish("FAILED")
             raise
         tracked.finish("FINISHED", folder, {"adapter": artefact.digest})
-    return {"adapter": artefact.digest, "mlflow_run": tracked.run_id, "mlflow_experiment": tracked.experiment_id, "history": asdict(history)}
+    return {
+        "adapter": artefact.digest,
+        "mlflow_run": tracked.run_id,
+        "mlflow_experiment": tracked.experiment_id,
+        "history": asdict(history),
+    }
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_forgetting_is_judged_on_the_rows_of_the_champion_alone(made):
         ("serving", "agreement", 0.99, 0.9899, "serves_what_was_evaluated"),
     ],
 )
-def test_the_limit_passes_and_beyond_it_is_blocked(made, part, field, limit, beyond, gate):  # noqa: PLR0917
+def test_the_limit_passes_and_beyond_it_is_blocked(made, part, field, limit, beyond, gate):
     report = made.counted(first(100, 90))
     assert decide(changed(report, **{part: {field: limit}}), POLICY).gate(gate).passed
     result = decide(changed(report, **{part: {field: beyond}}), POLICY).gate(gate)

@@ -174,7 +174,9 @@ def test_a_person_overrules_with_a_reason_that_is_kept(unreleased: Platform) -> 
 def test_an_approval_counts_for_its_own_report_only(unreleased: Platform) -> None:
     demand_the_impossible(unreleased)
     candidate = promotion.examine(unreleased.lake, unreleased.ledger, unreleased.tasks.get(TASK).spec)
-    unreleased.ledger.approve(task=TASK, adapter=candidate.adapter, report="0" * 64, actor="me", because="another report")
+    unreleased.ledger.approve(
+        task=TASK, adapter=candidate.adapter, report="0" * 64, actor="me", because="another report"
+    )
     assert not unreleased.materialise(TASK, only=["release"]).succeeded
 
 

@@ -32,7 +32,9 @@ def test_the_report_compares_with_baselines_on_every_test_row(platform: Platform
     assert report.models["candidate"]["accuracy"].value > report.models["majority"]["accuracy"].value
     answers = platform.lake.require(TASK, "eval_report").parquet("predictions.parquet")
     assert len(answers) == report.rows == len(platform.lake.require(TASK, "test_split").parquet("rows.parquet"))
-    assert (answers["candidate_label"] == answers["label"]).mean() == pytest.approx(report.models["candidate"]["accuracy"].value)
+    assert (answers["candidate_label"] == answers["label"]).mean() == pytest.approx(
+        report.models["candidate"]["accuracy"].value
+    )
     page = platform.report_page(TASK).read_text(encoding="utf-8")
     assert report.adapter[:12] in page
 
@@ -64,7 +66,9 @@ def test_mlflow_holds_every_step_and_the_card_of_the_version(platform: Platform)
     adapter = platform.lake.require(TASK, "adapter")
     run_id = platform.registry.run_of(TASK, adapter.digest)
     connection = client(platform.environment.mlflow)
-    losses = [metric.value for metric in sorted(connection.get_metric_history(run_id, "loss"), key=lambda one: one.step)]
+    losses = [
+        metric.value for metric in sorted(connection.get_metric_history(run_id, "loss"), key=lambda one: one.step)
+    ]
     assert losses == pytest.approx(adapter.json("training.json")["loss"])
     run = connection.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -96,7 +100,16 @@ def test_an_answer_is_traced_to_the_rows_it_learned_from(platform: Platform) -> 
 
 def test_the_same_inputs_make_nothing_twice(copied: Callable[[], Platform]) -> None:
     platform = copied()
-    names = ("raw_dataset", "clean_dataset", "train_split", "adapter", "eval_report", "model_version", "bento_service", "release")
+    names = (
+        "raw_dataset",
+        "clean_dataset",
+        "train_split",
+        "adapter",
+        "eval_report",
+        "model_version",
+        "bento_service",
+        "release",
+    )
     before = {name: platform.lake.require(TASK, name).digest for name in names}
     notes: list[str] = []
     outcome = platform.materialise(TASK, show=lambda line: notes.append(line.text))

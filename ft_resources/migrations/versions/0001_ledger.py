@@ -101,3 +101,7 @@ def upgrade() -> None:
             "CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE ON audit "
             "FOR EACH ROW EXECUTE FUNCTION refuse_audit_change()"
         )
+        op.execute(
+            "CREATE TRIGGER audit_no_truncate BEFORE TRUNCATE ON audit "
+            "FOR EACH STATEMENT EXECUTE FUNCTION refuse_audit_change()"
+        )
