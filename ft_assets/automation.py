@@ -16,7 +16,7 @@ from ft_resources.ledger import Ledger
 
 REFRESH = timedelta(hours=1)
 """A day is looked at again no sooner than this after labels arrived for it."""
-DAYS_PER_TICK = 10
+DAYS_PER_TICK = 3
 
 train_and_release = dg.define_asset_job(
     "train_and_release",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pydantic
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
@@ -64,7 +65,7 @@ class YamlFile:
                 mend="Save the file with UTF-8 encoding.",
             ) from None
         try:
-            self.root = YAML(typ="rt", pure=True).load(io.StringIO(text))
+            self.root = _reader().load(io.StringIO(text))
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise SpecError(
@@ -79,23 +80,16 @@ class YamlFile:
                 mend="Remove control characters.",
             ) from None
         except (YAMLError, ValueError) as error:
-            raise SpecError(f"not valid YAML: {error}", where=str(path), mend="Check numbers and dates.") from None
+            raise SpecError(f"not valid YAML: {error}", where=str(path), mend="Check its numbers.") from None
         except RecursionError:
-            raise SpecError("not valid YAML: nested too deeply", where=str(path), mend="Nest less.") from None
+            raise SpecError("not valid YAML: nested too deeply", where=f"{path}:1", mend="Nest less.") from None
         if not hasattr(self.root, "lc") or not hasattr(self.root, "keys"):
             raise SpecError(
                 "the file is empty" if self.root is None else "the file holds no mapping",
                 where=f"{path}:1",
                 mend="Write 'name: ...' style keys at the top level.",
             )
-        try:
-            self.values: dict[str, Any] = plain(self.root)
-        except RecursionError:
-            raise SpecError(
-                "a value holds itself",
-                where=f"{path}:1",
-                mend="Remove the alias (*name) that stands inside its anchor.",
-            ) from None
+        self.values: dict[str, Any] = plain(self.root)
 
     def line(self, loc: Path_) -> int:
         """The 1-based line of the deepest part of `loc` that stands in the file."""
@@ -150,8 +144,12 @@ class YamlFile:
             names = _valid_names(model, loc[:-1])
             return where, f"field '{field}' is not known", f"{_meant(loc[-1], names)}Valid here: {', '.join(names)}"
         if kind == "missing":
-            choices = f", one of {context['expected_tags']}" if "expected_tags" in context else ""
-            return where, f"field '{field}' is missing", f"Add it{choices}"
+            tags = (
+                sorted({tag for one in _models_at(model, loc[:-1]) for tag in _tags(one)})
+                if "discriminator" in context
+                else []
+            )
+            return where, f"field '{field}' is missing", f"Add it{': ' if tags else ''}{', '.join(tags)}"
         value: Any = item.get("input")
         if isinstance(misplaced, Misplaced):
             return where, f"field '{field}': {misplaced}", "Correct it"
@@ -177,6 +175,19 @@ class YamlFile:
         return tuple(named)
 
 
+class _Constructor(RoundTripConstructor):
+    """Leaves dates as they are written: the model knows their line when one is wrong."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", RoundTripConstructor.construct_scalar)
+
+
+def _reader() -> YAML:
+    reader = YAML(typ="rt", pure=True)
+    reader.Constructor = _Constructor
+    return reader
+
+
 def plain(node: Any) -> Any:
     """The built-in dict, list and scalars behind ruamel's round-trip types."""
     if hasattr(node, "items"):
@@ -195,7 +206,11 @@ def _meant(name: Any, valid: Sequence[str]) -> str:
 
 
 def _valid_names(model: Any, loc: Path_) -> list[str]:
-    """Field names of the model that stands at `loc` below `model`."""
+    return sorted({name for candidate in _models_at(model, loc) for name in candidate.model_fields})
+
+
+def _models_at(model: Any, loc: Path_) -> list[Any]:
+    """The models of which one stands at `loc` below `model`."""
     current = [model]
     for part in loc:
         if isinstance(part, int):
@@ -208,7 +223,7 @@ def _valid_names(model: Any, loc: Path_) -> list[str]:
             elif part in _tags(candidate):
                 following.append(candidate)
         current = following or current
-    return sorted({name for candidate in current for name in candidate.model_fields})
+    return current
 
 
 def _tags(model: Any) -> set[str]:

@@ -76,7 +76,7 @@ class Ledger:
         with self._engine.begin() as connection:
             yield connection
 
-    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    def _rows(self, query: sa.Executable) -> list[dict[str, Any]]:
         with self._read() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -110,7 +110,7 @@ class Ledger:
         Raises:
             GateRefusal: Another release became live meanwhile.
         """
-        release = {
+        release: dict[str, Any] = {
             "id": f"rel-{uuid.uuid4().hex[:12]}",
             "task": task,
             "kind": kind,
@@ -129,7 +129,7 @@ class Ledger:
             "base": base,
             "share": 1.0,
         }
-        route = {
+        route: dict[str, Any] = {
             "task": task,
             "release_id": release["id"],
             "plan": {"shares": [share], "shadow": []},

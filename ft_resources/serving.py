@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import REPOSITORY, Environment
@@ -55,20 +56,24 @@ class ServerProcess:
             ) from error
 
     def stop(self) -> None:
-        """SIGTERM to the process group, SIGKILL if it does not end within 20 seconds."""
-        for wanted in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, wanted)
-                self.process.wait(timeout=20)
-            except ProcessLookupError:
-                self.process.wait()
-                return
-            except subprocess.TimeoutExpired:
-                continue
+        """SIGTERM, so that what is in flight is answered; whatever still runs after 20 seconds is killed."""
+        family = _family(self.process.pid)  # BentoML's worker is a session of its own: no process group reaches it
+        self.process.terminate()
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # a worker that outlived its parent
-        except ProcessLookupError:
-            return
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for process in alive:
+            process.kill()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 class BentoStore:

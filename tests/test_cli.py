@@ -49,7 +49,7 @@ def test_a_wrong_key_is_named_with_file_line_and_the_nearest(tmp_path: Path) -> 
 
 
 def test_an_unknown_task_is_an_error_without_a_stack_trace(tmp_path: Path) -> None:
-    for words in (("run", "nothing"), ("report", "nothing"), ("release", "history", "nothing"), ("predict", "nothing", "x")):
+    for words in (("run", "nothing"), ("report", "nothing"), ("release", "history", "nothing")):
         done = ft(*words, home=tmp_path)
         assert done.returncode == 2, words
         assert "Traceback" not in done.stderr

@@ -30,6 +30,8 @@ from ft_resources.serving import ServerProcess
 
 TASK = "mail-triage"
 WORKERS = 16
+SAMPLE = 4
+"""Of the later mails every fourth is asked, of both releases."""
 LAST_REPLAYED_DAY = date(2002, 9, 30)
 ACTIVE = {
     dg.DagsterRunStatus.QUEUED,
@@ -77,9 +79,10 @@ def main() -> None:
         first = platform.live(TASK)
         assert first is not None
         report = platform.report(TASK)
+        accuracy = {model: f"{metrics['accuracy'].value:.3f}" for model, metrics in report.models.items()}
         verdict.append(
-            f"version {first['model_version']} is live, test accuracy {report.models['candidate']['accuracy'].value:.3f} "
-            f"(linear baseline {report.models['linear']['accuracy'].value:.3f}, majority {report.models['majority']['accuracy'].value:.3f})"
+            f"version {first['model_version']} is live, test accuracy {accuracy['candidate']} "
+            f"(linear baseline {accuracy['linear']}, majority {accuracy['majority']})"
         )
 
     mails = _mails_after(platform, cut)
@@ -98,7 +101,7 @@ def main() -> None:
             alarm = _replay(platform, server, mails, cut)
             verdict.append(alarm)
 
-        later = mails[mails["event_time"].dt.date > _last_day(platform)]
+        later = mails[mails["event_time"].dt.date > _last_day(platform)].iloc[::SAMPLE]
         with step("The daemon's sensor asks for retraining; the candidate passes its gates and is released") as verdict:
             with _daemon(platform):
                 _require(_wait_for_retraining(platform))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,11 @@ class Server:
         raise AssertionError((self.home / "serve.log").read_text(errors="replace")[-4000:])
 
     def signal(self, number: int) -> None:
+        """To the server and to its worker, which is a session of its own that no process group reaches."""
+        family = psutil.Process(self.process.pid).children(recursive=True) if number == signal.SIGKILL else []
         os.killpg(self.process.pid, number)
+        for process in family:
+            process.kill()
 
 
 def start(home: Path) -> Server:
@@ -83,7 +88,7 @@ def end(server: Server) -> None:
         try:
             server.signal(number)
             server.process.wait(timeout=20)
-        except ProcessLookupError:
+        except (ProcessLookupError, psutil.NoSuchProcess):
             return
         except subprocess.TimeoutExpired:
             continue

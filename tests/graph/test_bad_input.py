@@ -10,8 +10,6 @@ from ft_assets.platform import Outcome, Platform
 from ft_resources.errors import SpecError
 from tests.graph.small_task import TASK, TASK_FILE, open_home, write_task
 
-DATA = ["raw_dataset", "clean_dataset", "train_split", "validation_split", "test_split"]
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Outcome]:
@@ -36,7 +34,8 @@ def lines(rows: list[tuple[str, str]]) -> str:
 
 
 def texts(count: int, label: str) -> list[tuple[str, str]]:
-    return [(f"{label} message number {n} about subject {n * 7919 % 1000} and {n * 104729 % 997}", label) for n in range(count)]
+    words = [(n * 7919 % 1000, n * 104729 % 997) for n in range(count)]
+    return [(f"{label} message number {n} about subject {a} and {b}", label) for n, (a, b) in enumerate(words)]
 
 
 def test_no_file(run: Callable[..., Outcome]) -> None:
@@ -91,7 +90,7 @@ def test_nul_bytes_and_a_ten_megabyte_line_are_rejected_rows(run: Callable[..., 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "UPPER", "a b", "", "-x", "a" * 64])
 def test_a_name_that_is_no_name(tmp_path: Path, name: str) -> None:
     platform = open_home(tmp_path / "home")
-    with pytest.raises(SpecError, match="small-mail.yaml:2: field 'name'"):
+    with pytest.raises(SpecError, match=r"small-mail\.yaml:2: field 'name'"):
         platform.add_task(write_task(tmp_path / "mine", TASK_FILE.replace("name: small-mail", f"name: '{name}'")))
     assert not (tmp_path / "home" / "tasks").exists()
 

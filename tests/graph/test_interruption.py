@@ -8,7 +8,8 @@ import psutil
 
 from tests.graph.small_task import TASK, Built, open_home, write_task
 
-UP_TO_ADAPTER = ["raw_dataset", "clean_dataset", "train_split", "validation_split", "test_split", "search_results", "adapter"]
+SPLITS = ["train_split", "validation_split", "test_split"]
+UP_TO_ADAPTER = ["raw_dataset", "clean_dataset", *SPLITS, "search_results", "adapter"]
 
 
 def kill_first_training(over: threading.Event, killed: list[int]) -> None:
