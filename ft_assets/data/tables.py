@@ -190,8 +190,8 @@ def _text(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes | list | dict | tuple):
-        kind = {"dict": "object", "bytes": "binary value"}.get(type(value).__name__, "list")
-        raise SourceError(f"column '{column}' holds a {kind}, not a text", where=where, mend="Write it as a text.")
+        kind = {"dict": "an object", "bytes": "a binary value"}.get(type(value).__name__, "a list")
+        raise SourceError(f"column '{column}' holds {kind}, not a text", where=where, mend="Write it as a text.")
     if isinstance(value, bool):
         return str(value).lower()
     text = value if isinstance(value, str) else str(value)

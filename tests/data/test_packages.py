@@ -177,6 +177,23 @@ def test_wheel_from_a_python_index(registry: Registry, tmp_path: Path) -> None:
     assert (folder / "faq" / "rows.jsonl").is_file()
 
 
+@pytest.mark.parametrize(
+    ("member", "mode"), [("../outside.txt", 0o100644), ("/tmp/outside.txt", 0o100644), ("faq/link", 0o120777)]
+)
+def test_unsafe_members_of_a_wheel_are_refused(registry: Registry, tmp_path: Path, member: str, mode: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as wheel:
+        wheel.writestr("faq-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        info = zipfile.ZipInfo(member)
+        info.external_attr = mode << 16
+        wheel.writestr(info, "/etc/passwd")
+        wheel.writestr("faq-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: faq\nVersion: 1.0\n")
+    registry.pypi("faq", "faq-1.0-py3-none-any.whl", buffer.getvalue())
+    with pytest.raises(SourceError, match="was refused for its member"):
+        fetch_package("pypi", "faq", "1.0", sri(buffer.getvalue()), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_build_script_of_an_unverified_source_archive_never_runs(registry: Registry, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     script = f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='faq', version='1.0')\n"

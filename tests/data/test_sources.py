@@ -72,6 +72,65 @@ def test_parquet_rows_count_from_one(read: Read, tmp_path: Path) -> None:
     assert rows["event_time"].tolist() == [pd.Timestamp("2024-01-01", tz="UTC"), pd.NaT]
 
 
+def test_every_format_gives_the_same_rows(read: Read, tmp_path: Path) -> None:
+    rows = [
+        {"text": 'one,\n"two"', "label": "ham", "when": "2024-05-01T12:00:00+00:00"},
+        {"text": "naïve 漢字", "label": "7", "when": "2024-05-02T00:00:00+00:00"},
+        {"text": "", "label": None, "when": None},
+    ]
+    table = pd.DataFrame(rows)
+    write(tmp_path / "a.jsonl", *rows)
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.assign(label=pd.Series([None, 7, None], dtype="Int64")).to_parquet(tmp_path / "numbers.parquet")
+    expected = read("a.jsonl", event_time="when").drop(columns="source")
+    for name in ("a.csv", "a.parquet"):
+        pd.testing.assert_frame_equal(read(name, event_time="when").drop(columns="source"), expected)
+    assert read("numbers.parquet", event_time="when")["label"].tolist() == [None, "7", None]
+
+
+def test_truth_values_are_written_as_json_writes_them(read: Read, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"text": "a", "label": True})
+    pd.DataFrame({"text": ["a"], "label": [True]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text,label\na,true\n", encoding="utf-8")
+    assert [read(f"a.{ending}")["label"][0] for ending in ("jsonl", "parquet", "csv")] == ["true"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a", "label": "b"}\n', ("a.jsonl:1", "there is no column 'when'")),
+        ("a.csv", b"text,label,wen\na,b,c\n", ("a.csv:2", "Did you mean 'wen'?")),
+    ],
+)
+def test_a_time_that_no_row_has_is_missed(
+    read: Read, tmp_path: Path, name: str, content: bytes, says: tuple[str, str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        read(name, event_time="when")
+    assert caught.value.where.endswith(says[0])
+    assert says[1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"txt": ["a"], "label": ["b"]}, "Did you mean 'txt'?"),
+        ({"text": ["a", b"b"][1:], "label": ["b"]}, "column 'text' holds a binary value"),
+        ({"text": [["a"]], "label": ["b"]}, "column 'text' holds a list"),
+        ({"text": [], "label": []}, "no rows"),
+    ],
+)
+def test_a_parquet_file_without_usable_texts(
+    read: Read, tmp_path: Path, table: dict[str, list[object]], says: str
+) -> None:
+    pd.DataFrame(table).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet") as caught:
+        read("a.parquet")
+    assert says in str(caught.value)
+
+
 def test_glob_reads_files_in_order(read: Read, tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.jsonl", {"text": name, "label": "ham"})
@@ -162,6 +221,13 @@ def test_copies_nul_bytes_and_very_long_lines_are_read(read: Read, tmp_path: Pat
         ("a.jsonl", b'["text"]\n', ("a.jsonl:1", "not JSON objects")),
         ("a.jsonl", b"[" * 100_000, ("a.jsonl:1", "not JSON objects")),
         ("a.csv", b"text,label\na,b,c\n", ("a.csv:2", "3 values")),
+        ("a.csv", b"\xef\xbb\xbf", ("a.csv", "no rows")),
+        ("a.csv", b"\n\ntext,label\na,b,c\n", ("a.csv:4", "3 values")),
+        ("a.csv", b"text,label,text\na,b,c\n", ("a.csv:1", "names 'text' twice")),
+        ("a.csv", b'text,label\na,b\nc,"d\ne,f\n', ("a.csv:3", "not valid CSV")),
+        ("a.jsonl", b'{"text": "a", "label": ' + b"1" * 5_000 + b"}\n", ("a.jsonl:1", "not JSON objects")),
+        ("a.jsonl", b'{"text": ["a"], "label": "b"}\n', ("a.jsonl:1", "column 'text' holds a list")),
+        ("a.jsonl", b'{"text": "a", "label": {"b": 1}}\n', ("a.jsonl:1", "column 'label' holds an object")),
         ("a.parquet", b"PAR1 but no more", ("a.parquet", "not a readable Parquet file")),
         ("a.dat", b"text", ("a.dat", "ending does not tell")),
         ("nosuch://a.jsonl", None, ("nosuch://a.jsonl", "cannot be opened")),
@@ -182,8 +248,9 @@ def test_what_is_wrong_and_where(
 
 def test_unknown_encoding_is_named(read: Read, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": "a", "label": "ham"})
-    with pytest.raises(SourceError, match="no encoding 'utf-nine'"):
-        read("a.jsonl", encoding="utf-nine")
+    for name in ("utf-nine", "base64", "utf\0-8"):
+        with pytest.raises(SourceError, match=f"no encoding '{name}'"):
+            read("a.jsonl", encoding=name)
 
 
 def test_other_encodings(read: Read, tmp_path: Path) -> None:
