@@ -1,22 +1,32 @@
 """Sensors: keep partitions in step with task files, monitor each day's traffic, ask for retraining."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
 from ft_assets.monitoring.assets import read_drift
-from ft_assets.partitions import monitoring_key, task_partitions
-from ft_assets.tasks import Task, TaskFolders
+from ft_assets.partitions import FIRST_DAY, monitoring_key, task_partitions
+from ft_assets.tasks import FeedbackSource, Task, TaskFolders
 from ft_resources.environments import Environment
-from ft_resources.errors import ArtefactError
-from ft_resources.lake import Lake
+from ft_resources.errors import FtError
+from ft_resources.lake import Artefact, Lake
 from ft_resources.ledger import Ledger
 
+ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
 REFRESH = timedelta(hours=1)
 """A day is looked at again no sooner than this after labels arrived for it."""
 DAYS_PER_TICK = 3
+ATTEMPTS = 3
+"""A day whose monitoring keeps failing is left alone after this many tries, until it grows."""
 
 train_and_release = dg.define_asset_job(
     "train_and_release",
@@ -33,22 +43,16 @@ monitor_day = dg.define_asset_job(
 @dg.sensor(
     minimum_interval_seconds=15,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Adds a partition for every valid task file, and removes those whose file is gone.",
+    description="Adds a partition for every valid task file. It stays when the file goes, as its history does.",
 )
 def task_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
     tasks, errors = TaskFolders(Environment.read().task_folders).load()
     for error in errors:
         context.log.warning(str(error))
-    known = set(context.instance.get_dynamic_partitions("task"))
-    added, removed = sorted(tasks.keys() - known), sorted(known - tasks.keys())
-    if errors:
-        removed = []  # a file that is being edited must not take its history away
-    if not added and not removed:
+    added = sorted(tasks.keys() - set(context.instance.get_dynamic_partitions("task")))
+    if not added:
         return dg.SkipReason(f"{len(tasks)} tasks, nothing to add; {len(errors)} files with errors")
-    requests = [task_partitions.build_add_request(added)] if added else []
-    return dg.SensorResult(
-        dynamic_partitions_requests=[*requests, *([task_partitions.build_delete_request(removed)] if removed else [])]
-    )
+    return dg.SensorResult(dynamic_partitions_requests=[task_partitions.build_add_request(added)])
 
 
 @dg.sensor(
@@ -57,23 +61,20 @@ def task_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.Skip
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Asks for monitoring of every day whose traffic, or whose labels, grew since it was last looked at.",
 )
-def traffic(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    environment = Environment.read()
-    lake, ledger = Lake(environment.lake), Ledger(environment.ledger)
-    asked, now = 0, datetime.now(UTC)
-    for task in _tasks(context):
-        for day, size in sorted(ledger.traffic_days(task.name).items()):
-            if asked == DAYS_PER_TICK or not _stale(lake, task.name, day, size, now):
-                continue
-            asked += 1
-            yield dg.RunRequest(
-                run_key=f"{task.name}|{day}|{size}",
-                partition_key=monitoring_key(task.name, day),
-                tags={"ft/because": f"{size} requests and labels of {day}"},
-            )
-    ledger.close()
-    if not asked:
-        yield dg.SkipReason("every day with traffic is monitored")
+def traffic(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+    now = datetime.now(UTC)
+    requests: list[dg.RunRequest] = []
+    with _stores() as (lake, ledger):
+        for task in _tasks(context):
+            for day, size in sorted(ledger.traffic_days(task.name).items()):
+                if len(requests) == DAYS_PER_TICK or day < FIRST_DAY:
+                    continue
+                with _noted(context, task.name):
+                    key = f"{task.name}|{day}|{size}"
+                    attempt = _attempt(context.instance, key) if _stale(lake, task.name, day, size, now) else None
+                    if attempt is not None:
+                        requests.append(_monitoring(task.name, day, size, key, attempt))
+    return requests or dg.SkipReason("every day with traffic is monitored, or under way")
 
 
 @dg.sensor(
@@ -82,16 +83,20 @@ def traffic(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Asks for a training run when the live release drifted or lost accuracy, and enough labels came back.",
 )
-def retraining(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    environment = Environment.read()
-    lake, ledger = Lake(environment.lake), Ledger(environment.ledger)
-    for task in _tasks(context):
-        answer = wanted_retraining(task, lake, ledger)
-        if isinstance(answer, str):
-            yield dg.SkipReason(answer)
-        elif not _under_way(context.instance, task.name):
-            yield answer
-    ledger.close()
+def retraining(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+    requests: list[dg.RunRequest] = []
+    reasons: list[str] = []
+    with _stores() as (lake, ledger):
+        for task in _tasks(context):
+            with _noted(context, task.name):
+                answer = wanted_retraining(task, lake, ledger)
+                if isinstance(answer, str):
+                    reasons.append(answer)
+                elif _under_way(context.instance, task.name):
+                    reasons.append(f"{task.name}: a run is under way")
+                else:
+                    requests.append(answer)
+    return requests or dg.SkipReason("; ".join(reasons) or "there are no tasks")
 
 
 def wanted_retraining(task: Task, lake: Lake, ledger: Ledger) -> dg.RunRequest | str:
@@ -100,44 +105,84 @@ def wanted_retraining(task: Task, lake: Lake, ledger: Ledger) -> dg.RunRequest |
     A run is asked for once per live release and set of labels: the request's key names both, so a candidate that was
     refused is not trained again on the same rows.
     """
-    policy = task.spec.monitoring.retrain
-    live = ledger.live_release(task.name)
-    days = lake.heads(task.name, "drift_report")
-    if not policy.enabled or live is None or not days:
-        return f"{task.name}: nothing is live, nothing was monitored, or retraining is switched off"
-    try:
-        report = read_drift(lake, task.name, days[-1])
-    except ArtefactError as error:
-        return f"{task.name}: {error}"
+    name, policy = task.name, task.spec.monitoring.retrain
+    live = ledger.live_release(name)
+    if not policy.enabled or live is None:
+        return f"{name}: nothing is live, or retraining is switched off"
+    if not any(isinstance(source, FeedbackSource) for source in task.spec.sources):
+        return f"{name}: no source of kind feedback, so there is nothing new to learn from"
+    report = _last_verdict(lake, name, live["adapter"])
+    if report is None:
+        return f"{name}: the traffic of the live release has no verdict yet"
     if not report["alarm"]:
-        return f"{task.name}: no alarm on {days[-1]}"
-    if report["release"] != live["id"] and report["adapter"] != live["adapter"]:
-        return f"{task.name}: the alarm of {days[-1]} is about an earlier release"
-    snapshot = lake.head(task.name, "raw_dataset")
-    trained_on = 0 if snapshot is None else int((snapshot.parquet("rows.parquet")["origin"] == "feedback").sum())
-    labels = len(ledger.feedback_rows(task.name))
-    new = labels - trained_on
+        return f"{name}: no alarm on {report['day']}"
+    known = _rows_behind(lake, lake.require(name, "adapter"))
+    fed_back = known.loc[known["origin"] == "feedback"]
+    labels = len(ledger.feedback_rows(name))
+    new = labels - len(fed_back)
     if new < policy.min_new_labels:
-        return f"{task.name}: drift since the release, waiting for labels ({new} of {policy.min_new_labels})"
-    last = _last_trained_day(lake, task.name)
-    if last is not None and (date.fromisoformat(days[-1]) - last).days < policy.cooldown_days:
-        return f"{task.name}: trained on labels up to {last}, cooling down for {policy.cooldown_days} days"
-    reasons = [*report["drift"]["reasons"], *([report["accuracy"]["reason"]] if report["accuracy"]["alarm"] else [])]
-    because = f"drift on {days[-1]}: {'; '.join(reasons)}; {new} new labels"
+        return f"{name}: drift on {report['day']}, waiting for labels ({new} of {policy.min_new_labels})"
+    if (
+        len(fed_back)
+        and (date.fromisoformat(report["day"]) - fed_back["event_time"].max().date()).days < policy.cooldown_days
+    ):
+        return f"{name}: drift on {report['day']}, cooling down for {policy.cooldown_days} days of traffic"
+    alarms = [*report["drift"]["reasons"], *([report["accuracy"]["reason"]] if report["accuracy"]["alarm"] else [])]
+    because = f"drift on {report['day']}: {' '.join(alarms)} {new} new labels"
     return dg.RunRequest(
-        run_key=f"retrain|{task.name}|{live['id']}|{labels}",
-        partition_key=task.name,
+        run_key=f"retrain|{name}|{live['id']}|{labels}",
+        partition_key=name,
         tags={"ft/trigger": "drift", "ft/because": because[:1000], "dagster/priority": "1"},
     )
 
 
-def _last_trained_day(lake: Lake, task: str) -> date | None:
-    snapshot = lake.head(task, "raw_dataset")
-    if snapshot is None:
-        return None
-    rows = snapshot.parquet("rows.parquet")
-    times = rows.loc[rows["origin"] == "feedback", "event_time"].dropna()
-    return times.max().date() if len(times) else None
+def _last_verdict(lake: Lake, task: str, adapter: str) -> dict[str, Any] | None:
+    """The newest drift report about `adapter` that had enough rows to say something."""
+    for day in reversed(lake.heads(task, "drift_report")):
+        report = read_drift(lake, task, day)
+        if report["adapter"] == adapter and (report["drift"]["tests"] or report["accuracy"]["alarm"]):
+            return report
+    return None
+
+
+def _rows_behind(lake: Lake, adapter: Artefact) -> pd.DataFrame:
+    """The raw snapshot that an adapter was trained on."""
+    clean = lake.open(lake.open(adapter.made_from["train_split"]).made_from["clean_dataset"])
+    return lake.open(clean.made_from["raw_dataset"]).parquet("rows.parquet")
+
+
+def _monitoring(task: str, day: str, size: int, key: str, attempt: int) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=f"{key}|{attempt}",
+        partition_key=monitoring_key(task, day),
+        tags={"ft/because": f"{size} requests and labels of {day}", "ft/traffic": key},
+    )
+
+
+def _attempt(instance: dg.DagsterInstance, key: str) -> int | None:
+    """Which try the next run for this state of a day is; None while one is under way or after the last try failed."""
+    runs = instance.get_runs(dg.RunsFilter(tags={"ft/traffic": key}))
+    unfinished = any(run.status not in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED) for run in runs)
+    return None if unfinished or len(runs) >= ATTEMPTS else len(runs) + 1
+
+
+@contextmanager
+def _stores() -> Iterator[tuple[Lake, Ledger]]:
+    environment = Environment.read()
+    ledger = Ledger(environment.ledger)
+    try:
+        yield Lake(environment.lake), ledger
+    finally:
+        ledger.close()
+
+
+@contextmanager
+def _noted(context: dg.SensorEvaluationContext, task: str) -> Iterator[None]:
+    """One task's damaged artefact is logged and does not keep the sensor from the others."""
+    try:
+        yield
+    except FtError as error:
+        context.log.error(f"{task}: {error}")
 
 
 def _tasks(context: dg.SensorEvaluationContext) -> list[Task]:
@@ -158,11 +203,5 @@ def _stale(lake: Lake, task: str, day: str, size: int, now: datetime) -> bool:
 
 
 def _under_way(instance: dg.DagsterInstance, task: str) -> bool:
-    active: Any = [
-        dg.DagsterRunStatus.QUEUED,
-        dg.DagsterRunStatus.NOT_STARTED,
-        dg.DagsterRunStatus.STARTING,
-        dg.DagsterRunStatus.STARTED,
-    ]
     tags = {"dagster/partition": task}
-    return bool(instance.get_runs_count(dg.RunsFilter(statuses=active, job_name="train_and_release", tags=tags)))
+    return bool(instance.get_runs_count(dg.RunsFilter(statuses=ACTIVE, job_name="train_and_release", tags=tags)))

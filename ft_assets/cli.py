@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,9 +203,17 @@ def trace(
 
 
 @release_app.command("history")
-def release_history(task: TaskArgument, home: HomeOption = None) -> None:
+def release_history(
+    task: TaskArgument,
+    at: Annotated[datetime | None, typer.Option("--at", help="Only what was live at this moment (UTC).")] = None,
+    home: HomeOption = None,
+) -> None:
     """Every decision for a task: what was live when, who decided, on which report."""
     with _told():
+        if at is not None:
+            route = _open(home).live_at(task, at.replace(tzinfo=UTC))
+            console.print_json(json.dumps(route, default=str)) if route else console.print("nothing was live then")
+            return
         table = Table("from", "release", "kind", "version", "adapter", "by", "because")
         for one in _open(home).history(task):
             table.add_row(

@@ -74,8 +74,11 @@ def trace_row(lake: Lake, ledger: Ledger, task: str, row_id: str) -> dict[str, A
         seen.add(release["adapter"])
         try:
             members = lake.open(lake.open(release["adapter"]).made_from["train_split"]).parquet("rows.parquet")
-        except ArtefactError:
-            continue  # an adapter that was cleaned away can't answer any more either
+        except ArtefactError as error:
+            adapters.append(
+                {"adapter": release["adapter"], "version": release["model_version"], "unreadable": str(error)}
+            )
+            continue
         if (members["row_id"] == row_id).any():
             adapters.append(
                 {"adapter": release["adapter"], "version": release["model_version"], "release": release["id"]}

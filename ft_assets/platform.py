@@ -10,12 +10,13 @@ answer = platform.predict("my-task", ["some text"])[0]
 print(answer.label, platform.trace(answer.prediction_id).rows)
 """
 
+import difflib
 import io
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from ft_assets.tasks import FilesSource, Task, TaskFolders
 from ft_assets.training import recipes
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment
-from ft_resources.errors import GateRefusal, SpecError
+from ft_resources.errors import FtError, GateRefusal, SpecError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from ft_resources.serving import SERVICE, BentoStore, ServerProcess
@@ -40,6 +41,27 @@ if TYPE_CHECKING:
     from bento.request_log import Prediction
     from bento.scorer import Scorer
     from ft_assets.following import Line
+
+
+RELEASE_ASSETS = (
+    "raw_dataset",
+    "clean_dataset",
+    "train_split",
+    "validation_split",
+    "test_split",
+    "search_results",
+    "adapter",
+    "eval_report",
+    "model_version",
+    "bento_service",
+    "release",
+)
+
+
+class PlatformBusy(FtError):
+    """Another run works on the same partition."""
+
+    code = "busy"
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,7 @@ class Platform:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(_with_absolute_urls(task), encoding="utf-8")
         self.instance.add_dynamic_partitions("task", [task.name])
+        self.ledger.audit(self.environment.actor, "add_task", task.name, task.path.name, {})
         return self.tasks.get(task.name)
 
     # -- runs ---------------------------------------------------------------------------------------------------
@@ -155,23 +178,49 @@ class Platform:
             SpecError: There is no such task.
         """
         name = self.tasks.get(task).name
+        unknown = [asset for asset in only if asset not in RELEASE_ASSETS]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], RELEASE_ASSETS, n=1, cutoff=0.4)
+            raise SpecError(
+                f"there is no asset '{unknown[0]}' on the way to a release",
+                where="only",
+                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(RELEASE_ASSETS)}.",
+            )
         self.instance.add_dynamic_partitions("task", [name])
         return self._execute("train_and_release", name, only, {"ft/because": because}, show)
 
     def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
         """Compact and judge one day (ISO) of a task's traffic."""
-        from ft_assets.partitions import monitoring_key
+        from ft_assets.partitions import FIRST_DAY, monitoring_key
 
-        return self._execute("monitor_day", monitoring_key(self.tasks.get(task).name, day), (), {}, show)
+        name = self.tasks.get(task).name
+        try:
+            known = FIRST_DAY <= date.fromisoformat(day).isoformat() <= datetime.now(UTC).date().isoformat()
+        except ValueError:
+            known = False
+        if not known:
+            raise SpecError(
+                f"'{day}' is not a day with traffic", where="day", mend=f"Give an ISO day from {FIRST_DAY} to today."
+            )
+        return self._execute("monitor_day", monitoring_key(name, day), (), {}, show)
 
     def _execute(
         self, job: str, key: str, only: Sequence[str], tags: dict[str, str], show: "Callable[[Line], None] | None"
     ) -> Outcome:
         import dagster as dg
 
+        from ft_assets.automation import ACTIVE
         from ft_assets.definitions import defs
         from ft_assets.following import Line, following
 
+        active = dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": str(key)})
+        if self.instance.get_runs_count(active):
+            other = self.instance.get_runs(active, limit=1)[0].run_id
+            raise PlatformBusy(
+                f"run {other} of '{key}' is under way",
+                where=str(self.environment.home),
+                mend="Wait for it, or end it in the UI.",
+            )
         run_id, seen = str(uuid.uuid4()), list[Line]()
 
         def watch(line: Line) -> None:
@@ -206,8 +255,17 @@ class Platform:
         return self.ledger.live_release(self.tasks.get(task).name)
 
     def history(self, task: str) -> list[dict[str, Any]]:
-        """Every release decision, oldest first."""
+        """Every release decision, oldest first.
+
+        Raises:
+            ArtefactError: The audit chain shows that the record was changed after the fact.
+        """
+        self.ledger.audit_events(task)
         return self.ledger.releases(self.tasks.get(task).name)
+
+    def live_at(self, task: str, moment: datetime) -> dict[str, Any] | None:
+        """The route that was in force at `moment`."""
+        return self.ledger.live_at(self.tasks.get(task).name, moment)
 
     def trace(self, prediction_id: str) -> lineage.Trace:
         """From an answer to the rows behind it."""

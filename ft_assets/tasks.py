@@ -159,19 +159,6 @@ class GatePolicy(Strict):
     )
 
 
-class ReleaseSpec(Strict):
-    """How an adapter that passed goes live."""
-
-    steps: list[float] = Field(default=[1.0], description="Traffic shares of a canary, ending with 1.0.")
-
-    @field_validator("steps")
-    @classmethod
-    def _steps(cls, value: list[float]) -> list[float]:
-        if not value or value[-1] != 1.0 or sorted(value) != value or value[0] <= 0:
-            raise ValueError("rising shares that end with 1.0, such as [0.1, 0.5, 1.0]")
-        return value
-
-
 class RetrainSpec(Strict):
     """When monitoring asks for a new training run."""
 
@@ -208,7 +195,6 @@ class TaskSpec(Strict):
     split: SplitSpec = Field(default_factory=SplitSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
     gates: GatePolicy = Field(default_factory=GatePolicy)
-    release: ReleaseSpec = Field(default_factory=ReleaseSpec)
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
 
     @field_validator("name", "tenant")

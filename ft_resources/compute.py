@@ -37,6 +37,8 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
     image: str = Field("", description="Image of the pod (kubernetes).")
     namespace: str = Field("default", description="Namespace of the pod (kubernetes).")
     gpus: int = Field(0, ge=0, description="nvidia.com/gpu limit of the pod (kubernetes).")
+    cpu: str = Field("2", description="CPU request of the pod (kubernetes).")
+    memory: str = Field("4Gi", description="Memory request of the pod (kubernetes).")
     timeout_minutes: float = Field(240, gt=0, description="A pod that waits or runs longer is given up (kubernetes).")
 
     def run(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,9 +86,10 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
     def pod_spec(self) -> dict[str, Any]:
         """The pod that a worker gets on Kubernetes: never restarted by the kubelet, limits stated."""
         limits = {"nvidia.com/gpu": str(self.gpus)} if self.gpus else {}
+        resources = {"requests": {"cpu": self.cpu, "memory": self.memory}, "limits": limits}
         return {
             "restartPolicy": "Never",
-            "containers": [{"name": "dagster-pipes-execution", "resources": {"limits": limits}}],
+            "containers": [{"name": "dagster-pipes-execution", "resources": resources}],
         }
 
 

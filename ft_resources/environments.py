@@ -1,5 +1,6 @@
 """The only place that reads environment variables: where this process finds its home, lake, ledger and tracker."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,16 @@ from ft_resources.errors import SpecError
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deployments" / "recipes"
 MOST_ADAPTERS = 64
+
+
+def source_digest(*names: str) -> str:
+    """Digest of source files of this repository, and of all Python files below its folders; 12 hex digits."""
+    total = hashlib.sha256()
+    for name in names:
+        path = REPOSITORY / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            total.update(f"{file.relative_to(REPOSITORY)}\0".encode() + file.read_bytes())
+    return total.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Environment:
     """`FT_COMPUTE`, `local` (default) or `kubernetes`."""
     image: str
     """`FT_IMAGE`: the image of training pods (kubernetes only)."""
+    gpus: int
+    """`FT_GPUS`, default 0: GPUs of a training pod (kubernetes only)."""
     namespace: str
     """`FT_NAMESPACE`, default `default` (kubernetes only)."""
     device: str
@@ -69,6 +82,7 @@ class Environment:
             packages=_absolute(get("FT_PACKAGE_CACHE") or root / "packages"),
             compute=_choice("FT_COMPUTE", get("FT_COMPUTE") or "local", ("local", "kubernetes")),
             image=get("FT_IMAGE") or "",
+            gpus=int(get("FT_GPUS") or 0),
             namespace=get("FT_NAMESPACE") or "default",
             device=get("FT_DEVICE") or "",
             max_adapters=_positive("FT_MAX_ADAPTERS", get("FT_MAX_ADAPTERS") or str(MOST_ADAPTERS)),

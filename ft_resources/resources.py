@@ -51,5 +51,10 @@ def platform_resources() -> dict[str, Any]:
         "ledger": ledger,
         "registry": registry,
         "bentos": bentos,
-        "compute": Compute(kind=settings.compute, image=settings.image, namespace=settings.namespace),  # type: ignore[arg-type, call-arg]
+        "compute": Compute(  # type: ignore[call-arg]
+            kind=settings.compute,  # type: ignore[arg-type]
+            image=settings.image,
+            namespace=settings.namespace,
+            gpus=settings.gpus,
+        ),
     }

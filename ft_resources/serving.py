@@ -49,7 +49,9 @@ class ServerProcess:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             said = error.read().decode("utf-8", "replace")[:500]
-            raise ServiceError(f"the service answered {error.code}: {said}", where=self.url + path) from error
+            raise ServiceError(
+                f"the service answered {error.code}: {said}", where=self.url + path, mend=f"See {self.log}."
+            ) from error
         except (OSError, ValueError) as error:
             raise ServiceError(
                 f"the service did not answer: {error}", where=self.url + path, mend=f"See {self.log}."
@@ -85,8 +87,9 @@ class BentoStore:
 
     def code_digest(self) -> str:
         """Digest of the service's source, so that other code makes another Bento."""
-        files = sorted(path for name in CODE for path in (REPOSITORY / name).rglob("*.py"))
-        return digest_of({str(path.relative_to(REPOSITORY)): path.read_text() for path in files})
+        files = sorted(path for name in CODE for path in (REPOSITORY / name).rglob("*") if path.is_file())
+        source = [path for path in files if "__pycache__" not in path.parts]
+        return digest_of({str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in source})
 
     def has(self, tag: str) -> bool:
         return (self.home / "bentos" / tag.replace(":", "/") / "bento.yaml").is_file()
@@ -137,7 +140,9 @@ class BentoStore:
         if built.returncode or not tags:
             tail = "\n".join((built.stderr + built.stdout).splitlines()[-12:])
             raise ServiceError(
-                f"bentoml build failed:\n{tail}", where=f"task {task}", mend="Mend the cause and run again."
+                f"bentoml build failed:\n{tail}",
+                where=f"task {task}",
+                mend="Often the disk is full.",
             )
         return tags[0]
 
@@ -194,7 +199,9 @@ class BentoStore:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         server.stop()
         raise ServiceError(
-            f"'bentoml serve {target}' did not become ready:\n{tail}", where=str(log), mend="Mend the cause."
+            f"'bentoml serve {target}' did not become ready:\n{tail}",
+            where=str(log),
+            mend="Often the port is taken or FT_LEDGER cannot be reached.",
         )
 
     def _variables(self, home: Path) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any
 from ft_resources.errors import ArtefactError
 
 EXPERIMENT_PREFIX = "ft/"
+TRAINED_FROM = "trained_from"
+"""Tag of a run: digest of everything the adapter is made from, known before it is trained."""
 
 
 def client(uri: str) -> Any:
@@ -95,8 +97,11 @@ class ModelRegistry:
         found = client(self.uri).search_model_versions(f"name='{task}' and tags.adapter='{adapter}'")
         return str(max(int(version.version) for version in found)) if found else None
 
-    def run_of(self, task: str, adapter: str) -> str:
-        """The MLflow run that trained this adapter.
+    def run_of(self, task: str, trained_from: str) -> str:
+        """The MLflow run that trained an adapter, the newest if it was trained more than once.
+
+        Args:
+            trained_from: Digest of what the adapter was made from.
 
         Raises:
             ArtefactError: The tracker does not know one.
@@ -104,13 +109,13 @@ class ModelRegistry:
         connection = client(self.uri)
         experiment = connection.get_experiment_by_name(EXPERIMENT_PREFIX + task)
         runs = (
-            connection.search_runs([experiment.experiment_id], f"tags.adapter = '{adapter}'", max_results=1)
+            connection.search_runs([experiment.experiment_id], f"tags.{TRAINED_FROM} = '{trained_from}'", max_results=1)
             if experiment is not None
             else []
         )
         if not runs:
             raise ArtefactError(
-                f"no MLflow run made adapter {adapter[:12]}",
+                f"no MLflow run of task '{task}' was trained from {trained_from[:12]}",
                 where=self.uri,
                 mend="The tracker was changed or emptied since the training: restore it, or train with another seed.",
             )

@@ -87,15 +87,5 @@ def test_the_workspace_file_validates(tmp_path: Path) -> None:
     assert "ft_assets" in done.stdout + done.stderr
 
 
-def test_the_pod_of_a_training_asset_renders() -> None:
-    """A typing error in dagster-k8s/config would pass definition time: render the job that Kubernetes would get."""
-    from dagster_k8s.job import UserDefinedDagsterK8sConfig, get_user_defined_k8s_config
-
-    tags = defs.resolve_assets_def("adapter").op.tags
-    config = get_user_defined_k8s_config(tags)
-    assert isinstance(config, UserDefinedDagsterK8sConfig)
-    assert config.container_config["resources"]["requests"]["memory"] == "2Gi"
-
-
 if __name__ == "__main__":
     SNAPSHOT.write_text(json.dumps(described(), indent=1) + "\n")

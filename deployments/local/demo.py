@@ -18,7 +18,7 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from ft_assets.automation import train_and_release
+from ft_assets.automation import ACTIVE, train_and_release
 from ft_assets.cli import console, show_line
 from ft_assets.data.sources import read_sources
 from ft_assets.following import Follower, Line
@@ -33,12 +33,6 @@ WORKERS = 16
 SAMPLE = 4
 """Of the later mails every fourth is asked, of both releases."""
 LAST_REPLAYED_DAY = date(2002, 9, 30)
-ACTIVE = {
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ def step(title: str) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Run the seven steps and print what each took."""
+    """Run the steps and print what each took."""
     platform = Platform.open()
     task = platform.tasks.get(TASK)
     if platform.ledger.route(TASK) is not None:

@@ -1,6 +1,7 @@
 """Stage 1: raw rows as an immutable snapshot, cleaned rows with every rejection, sticky splits."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 
 from ft_assets.data.cleaning import CLEANER_VERSION, clean
 from ft_assets.data.sources import read_sources
-from ft_assets.data.splits import assign
+from ft_assets.data.splits import SPLITS, assign
 from ft_assets.materialising import publish, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
 from ft_resources.environments import Environment
@@ -18,7 +19,6 @@ from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 
 GROUP = "1_data"
-SPLITS = ("train", "validation", "test")
 
 
 @dg.asset(partitions_def=task_partitions, group_name=GROUP, kinds={"parquet"}, code_version="1")
@@ -77,6 +77,7 @@ def clean_dataset(
             cleaned = clean(raw.parquet("rows.parquet"), task.spec.cleaning, task.spec.labels)
             cleaned.kept.to_parquet(folder / "kept.parquet", index=False)
             cleaned.rejected.to_parquet(folder / "rejected.parquet", index=False)
+            (folder / "counts.json").write_text(json.dumps({"truncated": cleaned.truncated}))
 
         made_from = {
             "raw_dataset": raw.digest,
@@ -91,6 +92,7 @@ def clean_dataset(
             {
                 "kept": len(kept),
                 "rejected": len(rejected),
+                "truncated": artefact.json("counts.json")["truncated"],
                 "rejected_by_reason": table(_counts(rejected, "reason")),
                 "labels": table(_counts(kept, "label")),
             },
@@ -128,6 +130,10 @@ def splits(
         if earlier is not None and earlier.made_from["split"] != made_from["split"]:
             context.log.warning("the split settings changed: all rows are assigned anew")
             earlier = None
+        if earlier is not None and {name: earlier.made_from[name] for name in made_from} == made_from:
+            made_from = dict(earlier.made_from)  # nothing changed since
+        else:
+            made_from["earlier"] = earlier.digest if earlier is not None else ""
 
         def write_assignments(folder: Path) -> None:
             previous = None if earlier is None else earlier.parquet("assignments.parquet")

@@ -1,14 +1,12 @@
 """Checks of stage 1. Blocking ones keep bad rows from training."""
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 
-from bento.preparation import find
-from ft_assets.data.assets import SPLITS
-from ft_assets.data.rows import ROW_COLUMNS, row_id
-from ft_assets.data.splits import leaks
+from ft_assets.data import verdicts
+from ft_assets.data.splits import SPLITS
+from ft_assets.data.verdicts import Verdict
 from ft_assets.materialising import check, table, task_named
 from ft_assets.partitions import task_partitions
 from ft_resources.environments import Environment
@@ -26,6 +24,14 @@ def specs(asset: str, *, blocking: tuple[str, ...] = (), informing: tuple[str, .
     ]
 
 
+def judged(asset: str, verdicts: Mapping[str, Verdict]) -> Iterator[dg.AssetCheckResult]:
+    """Verdicts as results of the checks of the same names."""
+    for name, verdict in verdicts.items():
+        yield check(
+            name, asset, verdict.passed, verdict.reason, {"rows": table(verdict.rows)} if verdict.rows else None
+        )
+
+
 @dg.multi_asset_check(specs=specs("raw_dataset", blocking=("schema_valid", "enough_rows", "labels_known")))
 def raw_dataset_checks(
     context: dg.AssetCheckExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
@@ -33,45 +39,7 @@ def raw_dataset_checks(
     """The snapshot has the agreed columns, enough rows, and no label that the task does not declare."""
     task = task_named(environment, context.partition_key)
     rows = lake.require(task.name, "raw_dataset").parquet("rows.parquet")
-    wrong = list(rows.columns) != ROW_COLUMNS
-    sample = rows.head(1000)
-    bad_ids = 0 if wrong else int((sample["text"].map(row_id) != sample["row_id"]).sum())
-    yield check(
-        "schema_valid",
-        "raw_dataset",
-        not wrong and bad_ids == 0,
-        "columns and row ids are as agreed"
-        if not wrong and not bad_ids
-        else f"columns {list(rows.columns)}, {bad_ids} wrong ids",
-    )
-    least = task.spec.cleaning.min_rows
-    yield check(
-        "enough_rows",
-        "raw_dataset",
-        len(rows) >= least,
-        f"{len(rows)} rows, at least {least} are needed"
-        + ("" if len(rows) >= least else ". Add rows, or lower cleaning.min_rows if you know what you do"),
-        {"rows": len(rows)},
-    )
-    unknown = rows.loc[rows["label"].notna() & ~rows["label"].isin(task.spec.labels), ["label", "source"]]
-    found = [
-        {
-            "label": label,
-            "rows": len(group),
-            "first": group["source"].iloc[0],
-            "nearest": next(iter(difflib.get_close_matches(str(label), task.spec.labels, n=1)), "-"),
-        }
-        for label, group in unknown.groupby("label")
-    ]
-    first = f"; '{found[0]['label']}' at {found[0]['first']}" if found else ""
-    yield check(
-        "labels_known",
-        "raw_dataset",
-        not found,
-        f"{len(unknown)} rows carry a label that `labels` of {task.path.name} does not list{first}"
-        + (". Correct those rows or add the label to the task" if found else ""),
-        {"unknown": table(found)},
-    )
+    yield from judged("raw_dataset", verdicts.of_raw(rows, task.spec))
 
 
 @dg.multi_asset_check(
@@ -86,15 +54,7 @@ def clean_dataset_checks(
     task = task_named(environment, context.partition_key)
     artefact = lake.require(task.name, "clean_dataset")
     kept, rejected = artefact.parquet("kept.parquet"), artefact.parquet("rejected.parquet")
-    kinds = task.spec.cleaning.pii
-    left = [(key, hit[0]) for key, text in zip(kept["row_id"], kept["text"], strict=True) for hit in find(text, kinds)]
-    yield check(
-        "no_pii_left",
-        "clean_dataset",
-        not left,
-        f"{len(left)} personal data left in {len(kept)} rows (kinds looked for: {', '.join(kinds) or 'none'})",
-        {"first": table([{"row_id": key, "kind": kind} for key, kind in left[:20]])},
-    )
+    yield from judged("clean_dataset", verdicts.of_clean(kept, task.spec))
     share = len(rejected) / max(1, len(kept) + len(rejected))
     allowed = task.spec.cleaning.max_reject_share
     yield check(
@@ -146,30 +106,8 @@ def split_checks(
     task = task_named(environment, context.partition_key)
     kept = lake.require(task.name, "clean_dataset").parquet("kept.parquet")
     parts = {split: lake.require(task.name, f"{split}_split").parquet("rows.parquet") for split in SPLITS}
-    where = {key: split for split, rows in parts.items() for key in rows["row_id"]}
-    total = sum(len(rows) for rows in parts.values())
-    frame = kept.assign(split=kept["row_id"].map(where)).dropna(subset=["split"])
-    leaking = leaks(frame, task.spec.split.cluster_similarity)
-    twice = total - len(where)
-    yield check(
-        "no_leakage",
-        "train_split",
-        not leaking and not twice,
-        f"{twice} rows stand in two splits, {len(leaking)} pairs of near-copies cross splits",
-        {"pairs": table([{"a": a, "b": b, "jaccard": j} for a, b, j in leaking[:20]])},
-    )
-    for split in SPLITS:
-        counts = frame.loc[frame["split"] == split, "label"].value_counts().reindex(task.spec.labels, fill_value=0)
-        missing = [label for label, rows in counts.items() if rows == 0]
-        yield check(
-            "every_class_present",
-            f"{split}_split",
-            not missing,
-            f"no rows of {missing} in the {split} split. Add rows of these labels"
-            if missing
-            else f"every label has at least {counts.min()} rows",
-            {"rows": table([{"label": k, "rows": int(v)} for k, v in counts.items()])},
-        )
+    for (split, name), verdict in verdicts.of_splits(kept, parts, task.spec).items():
+        yield from judged(f"{split}_split", {name: verdict})
 
 
 def _noise(texts: list[str], labels: list[str]) -> list[int]:

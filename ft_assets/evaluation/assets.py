@@ -10,13 +10,14 @@ from ft_assets.materialising import image, result, table, task_named, typed_fail
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import confusion, reliability
 from ft_resources.compute import Compute
-from ft_resources.environments import Environment
-from ft_resources.lake import Lake, short
+from ft_resources.environments import Environment, source_digest
+from ft_resources.lake import Lake, digest_of, short
 from ft_resources.ledger import Ledger
 
 GROUP = "3_evaluation"
 WORKER = "ft_assets.evaluation.worker"
-EVALUATOR_VERSION = "1"
+EVALUATOR = source_digest("ft_assets/evaluation", "bento/engine.py", "bento/multi_lora.py", "bento/classify.py")
+"""Digest of the code that scores and reports: other code makes another report."""
 
 
 @dg.asset(
@@ -24,7 +25,7 @@ EVALUATOR_VERSION = "1"
     deps=["adapter", "train_split", "validation_split", "test_split"],
     group_name=GROUP,
     kinds={"evaluate"},
-    code_version=EVALUATOR_VERSION,
+    code_version=EVALUATOR,
     retry_policy=dg.RetryPolicy(max_retries=2, delay=2),
 )
 def eval_report(
@@ -45,7 +46,9 @@ def eval_report(
         made_from = {
             **inputs,
             **_champion(lake, ledger, task.name, inputs["adapter"]),
-            "evaluator": EVALUATOR_VERSION,
+            "evaluator": EVALUATOR,
+            "device": environment.device,
+            "policy": digest_of(policy),
         }
         artefact = lake.find("eval_report", made_from)
         if artefact is None:

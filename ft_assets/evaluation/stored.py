@@ -1,5 +1,7 @@
 """Reading a stored report back, with the identity it was made for."""
 
+import math
+
 import pydantic
 
 from ft_assets.evaluation.report import EvalReport
@@ -34,3 +36,27 @@ def parse_report(artefact: Artefact) -> EvalReport:
             where=artefact.uri,
             mend="Materialise eval_report again.",
         ) from error
+
+
+def require_recounted(artefact: Artefact, report: EvalReport) -> None:
+    """The report is about the adapters it was made from, and its figures are those of the answers stored beside it.
+
+    Raises:
+        EvaluationError: It names other adapters or another split, or an accuracy is not what its rows give.
+    """
+    made_from = artefact.made_from
+    told = {"adapter": report.adapter, "champion": report.champion or "", "test_split": report.test_split}
+    wrong = [name for name, digest in told.items() if made_from.get(name) != digest]
+    answers = artefact.parquet("predictions.parquet")
+    for model, metrics in report.models.items():
+        right = float((answers[f"{model}_label"] == answers["label"]).mean()) if len(answers) else float("nan")
+        if not math.isclose(right, metrics["accuracy"].value, abs_tol=1e-9):
+            wrong.append(f"accuracy of {model}")
+    if len(answers) != report.rows:
+        wrong.append("rows")
+    if wrong:
+        raise EvaluationError(
+            f"report {short(artefact.digest)} does not agree with what it was made from: {', '.join(wrong)}",
+            where=artefact.uri,
+            mend="Materialise eval_report again.",
+        )

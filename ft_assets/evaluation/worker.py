@@ -151,7 +151,7 @@ def _parity(engine: Engine, adapter: Artefact, about: Mapping[str, Any], texts: 
 
 
 def _reference(engine: Engine, digest: str, answers: list[Scored], more: Sequence[str], path: Path) -> None:
-    """What drift is measured against: embeddings, labels and confidences on rows the adapter was not fitted to."""
+    """What drift is measured against: embeddings, labels and confidences on test and validation rows."""
     held_out = answers + engine.score([(text, digest) for text in more])
     chosen = np.random.default_rng(0).permutation(len(held_out))[:REFERENCE_ROWS]
     np.savez(

@@ -11,7 +11,7 @@ import pandas as pd
 from ft_assets.evaluation.stored import parse_report
 from ft_assets.materialising import image, publish, result, table, task_named, typed_failures
 from ft_assets.monitoring import drift as drifting
-from ft_assets.monitoring.plots import label_shares
+from ft_assets.monitoring.plots import confidence_shift, label_shares
 from ft_assets.monitoring.relabel import rank
 from ft_assets.monitoring.traffic import compacted, day_bounds, embeddings
 from ft_assets.partitions import task_and_day, task_day_partitions
@@ -77,8 +77,8 @@ def drift_report(
 ) -> dg.MaterializeResult[Any]:
     """Drift of inputs, predictions and confidence against the champion's evaluation; accuracy where labels came back.
 
-    Looks at the window of days that ends with the partition's day, and at the answers of the adapter that gave the
-    last of them.
+    Looks at the window of days that ends with the partition's day, and at the answers of the newest release that gave
+    enough of them.
     """
     with typed_failures():
         name, day = task_and_day(context.partition_key)
@@ -90,9 +90,9 @@ def drift_report(
             raise DataError(
                 "no request was answered in the window", where=f"{name}, {day}", mend="Nothing to compare yet."
             )
-        adapter = str(traffic.sort_values("event_time")["adapter"].iloc[-1])
+        release = _judged(ledger.releases(name), traffic, policy.min_rows)
+        adapter = release["adapter"]
         rows = traffic[traffic["adapter"] == adapter]
-        release = next(one for one in reversed(ledger.releases(name)) if one["adapter"] == adapter)
         report = lake.open(release["report"])
         made_from = {
             "task": name,
@@ -127,6 +127,7 @@ def drift_report(
             }
             (folder / "drift.json").write_text(json.dumps(found, indent=1))
             (folder / "labels.png").write_bytes(label_shares(reference, window))
+            (folder / "confidence.png").write_bytes(confidence_shift(reference, window))
 
         artefact = publish(context, lake, (name, f"drift_report/{day}"), "drift_report", made_from, write)
         found = artefact.json("drift.json")
@@ -141,6 +142,7 @@ def drift_report(
                 "tests": table([{"test": key, **one} for key, one in found["drift"]["tests"].items()]),
                 "adapter": short(adapter),
                 "answers": image(artefact.path("labels.png").read_bytes(), "answers"),
+                "confidence": image(artefact.path("confidence.png").read_bytes(), "confidence"),
                 "over_time": image(_history(lake, name, day, policy.alpha), "drift"),
             },
         )
@@ -170,6 +172,20 @@ def read_drift(lake: Lake, task: str, day: str) -> dict[str, Any]:
     """The drift report of a day as stored."""
     found: dict[str, Any] = lake.require(task, f"drift_report/{day}").json("drift.json")
     return found
+
+
+def _judged(releases: list[dict[str, Any]], traffic: pd.DataFrame, min_rows: int) -> dict[str, Any]:
+    """The newest release whose adapter gave at least `min_rows` of the answers, else the one that gave most."""
+    counts = traffic["adapter"].value_counts()
+    known = [one for one in reversed(releases) if one["report"] and one["adapter"] in counts.index]
+    if not known:
+        raise DataError(
+            "none of the answers is of an evaluated release",
+            where="ledger",
+            mend="Release an adapter through the graph.",
+        )
+    enough = [one for one in known if counts[one["adapter"]] >= min_rows]
+    return enough[0] if enough else max(known, key=lambda one: int(counts[one["adapter"]]))
 
 
 def _window(lake: Lake, task: str, day: str, days: int) -> list[Artefact]:

@@ -1,10 +1,13 @@
 """Stage 4: a registered version with its card, a Bento that was started and asked, and the decision to go live."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 
 from ft_assets.data.assembly import split_rows
@@ -15,13 +18,15 @@ from ft_assets.release import promotion
 from ft_assets.release.model_card import as_markdown, model_card
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import Environment
-from ft_resources.lake import Lake, short
+from ft_resources.lake import Artefact, Lake, digest_of, short
 from ft_resources.ledger import Ledger
 from ft_resources.serving import BentoStore
 from ft_resources.tracking import ModelRegistry
 
 GROUP = "4_release"
 GOLDEN_PER_LABEL = 5
+FIRM = 0.6
+"""Answers below this confidence may differ by rounding between two batches; they are not asked."""
 
 
 @dg.asset(partitions_def=task_partitions, deps=["eval_report"], group_name=GROUP, kinds={"mlflow"}, code_version="1")
@@ -36,7 +41,7 @@ def model_version(
         task = task_named(environment, context.partition_key)
         report_artefact, report = read_report(lake, task.name)
         adapter = lake.open(report.adapter)
-        run_id = registry.run_of(task.name, adapter.digest)
+        run_id = registry.run_of(task.name, digest_of(dict(adapter.made_from)))
         facts = {
             "report": report_artefact.digest,
             "mlflow_run": run_id,
@@ -112,7 +117,10 @@ def bento_service(
             golden = _golden(report.parquet("predictions.parquet"))
             context.log.info(f"starting {tag} and asking {len(golden)} golden requests")
             with bentos.serving(tag, home=folder / "probe-home") as server:
-                answer = server.ask("/predict", {"task": task.name, "inputs": golden["text"].tolist()})
+                results = [
+                    server.ask("/predict", {"task": task.name, "inputs": [text]})["results"][0]
+                    for text in golden["text"]
+                ]
             answered = [
                 {
                     "row_id": row.row_id,
@@ -121,10 +129,8 @@ def bento_service(
                     "expected_confidence": row.candidate_confidence,
                     "confidence": got["confidence"],
                 }
-                for row, got in zip(golden.itertuples(), answer["results"], strict=True)
+                for row, got in zip(golden.itertuples(), results, strict=True)
             ]
-            import shutil
-
             shutil.rmtree(folder / "probe-home")
             service = {
                 **{key: made_from[key] for key in ("adapter", "eval_report", "model_version")},
@@ -135,9 +141,10 @@ def bento_service(
             }
             (folder / "service.json").write_text(json.dumps(service, indent=1))
 
-        found = lake.find("bento_service", made_from)
-        if found is not None and not bentos.has(found.json("service.json")["tag"]):
-            made_from["rebuilt_for"] = context.run.run_id  # the built Bento was removed from this machine
+        found = _standing(lake, bentos, task.name, made_from) or lake.find("bento_service", made_from)
+        if found is not None:
+            gone = not bentos.has(found.json("service.json")["tag"])  # the built Bento was removed from this machine
+            made_from = made_from | {"rebuilt_in": context.run.run_id} if gone else dict(found.made_from)
         artefact = publish(context, lake, (task.name, "bento_service"), "bento_service", made_from, write)
         service = artefact.json("service.json")
         folder = bentos.home / "bentos" / service["tag"].replace(":", "/")
@@ -192,16 +199,28 @@ def release(
                 "version": live["model_version"],
                 "adapter": short(candidate.adapter),
                 "decision": candidate.decision.verdict,
+                "overruled": table([{"demand": k, "reason": v} for k, v in candidate.refusals.items()]),
                 "because": live["because"],
                 "history": table(history[-20:]),
             },
         )
 
 
+def _standing(lake: Lake, bentos: BentoStore, task: str, made_from: Mapping[str, Any]) -> Artefact | None:
+    """The present Bento, if it is of these inputs and still built, also when it had to be rebuilt once."""
+    head = lake.head(task, "bento_service")
+    if head is None or {name: head.made_from.get(name) for name in made_from} != made_from:
+        return None
+    return head if bentos.has(head.json("service.json")["tag"]) else None
+
+
 def _golden(predictions: pd.DataFrame) -> pd.DataFrame:
-    """A few test rows of every answered label, the most confident first: their answers must not flip."""
-    ordered = predictions.sort_values(["candidate_confidence", "row_id"], ascending=[False, True])
-    return ordered.groupby("candidate_label", sort=True).head(GOLDEN_PER_LABEL)
+    """Test rows of every answered label, from the surest to the least sure answer that rounding cannot flip."""
+    firm = predictions[predictions["candidate_confidence"] > FIRM]
+    ordered = (firm if len(firm) else predictions).sort_values(["candidate_confidence", "row_id"])
+    groups = [group for _, group in ordered.groupby("candidate_label", sort=True)]
+    places = [np.linspace(0, len(group) - 1, min(GOLDEN_PER_LABEL, len(group))).astype(int) for group in groups]
+    return pd.concat([group.iloc[at] for group, at in zip(groups, places, strict=True)])
 
 
 def _same(one: dict[str, Any]) -> bool:

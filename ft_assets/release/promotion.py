@@ -1,13 +1,16 @@
-"""Deciding a release: identity first, then the gates, asked again on the stored report."""
+"""Deciding a release: identity first, then every blocking demand again, on exactly the stored artefacts."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from ft_assets.data.assembly import split_rows
+from ft_assets.data.verdicts import of_clean, of_raw, of_splits
 from ft_assets.evaluation.gate import Decision, decide
-from ft_assets.evaluation.stored import read_report
+from ft_assets.evaluation.stored import read_report, require_recounted
 from ft_assets.tasks import TaskSpec
+from ft_assets.training.verdicts import of_adapter
 from ft_resources.errors import GateRefusal
-from ft_resources.lake import Lake, short
+from ft_resources.lake import Artefact, Lake, short
 from ft_resources.ledger import Ledger
 
 
@@ -21,55 +24,82 @@ class Candidate:
     model_version: str
     bento: str
     decision: Decision
+    refusals: dict[str, str]
+    """What speaks against it, demand -> reason: gates of the report, and checks of the rows and the adapter."""
 
 
 def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
-    """The candidate that the newest artefacts describe together.
+    """The candidate that the newest artefacts describe together, and everything that speaks against it.
 
     Raises:
-        GateRefusal: Adapter, report, model version and Bento are not of one adapter; the report is another task's,
-            or compared the adapter with one that is no longer the champion; or the Bento's probe failed.
+        GateRefusal: Adapter, report, model version and Bento are not of one adapter; the report is another task's, of
+            other rows, or compared the adapter with one that is no longer the champion; or the Bento's probe failed.
         ArtefactError: One of them is missing or its bytes were changed.
-        EvaluationError: The report contradicts itself.
+        EvaluationError: The report contradicts itself or its own rows.
     """
     name = task.full_name
     adapter = lake.require(name, "adapter")
     report_artefact, report = read_report(lake, name)
-    version, service = lake.require(name, "model_version"), lake.require(name, "bento_service")
-    again = "Materialise eval_report, model_version, bento_service and release of this task in one run."
+    version = lake.require(name, "model_version").json("version.json")
+    service = lake.require(name, "bento_service").json("service.json")
+    live = ledger.live_release(name)
     if report.task != name or adapter.made_from["task"] != name:
-        raise GateRefusal(f"the report is about task '{report.task}'", where=f"release of {name}", mend=again)
+        raise _unfit(name, f"the report is about task '{report.task}'")
     for what, digest in (
         ("eval_report", report.adapter),
-        ("model_version", version.json("version.json")["adapter"]),
-        ("bento_service", service.json("service.json")["adapter"]),
+        ("model_version", version["adapter"]),
+        ("bento_service", service["adapter"]),
     ):
         if digest != adapter.digest:
-            raise GateRefusal(
-                f"{what} is about adapter {short(digest)}, the newest adapter is {short(adapter.digest)}",
-                where=f"release of {name}",
-                mend=again,
+            raise _unfit(
+                name, f"{what} is about adapter {short(digest)}, the newest adapter is {short(adapter.digest)}"
             )
-    if version.json("version.json")["report"] != report_artefact.digest:
-        raise GateRefusal("model_version was registered on another report", where=f"release of {name}", mend=again)
-    live = ledger.live_release(name)
+    if not version["report"] == service["eval_report"] == report_artefact.digest:
+        raise _unfit(name, "model_version or bento_service was made on another report")
+    if report.test_split != lake.require(name, "test_split").digest or report.labels != task.labels:
+        raise _unfit(name, "the report is stale: test rows or labels of the task have changed since")
     if live is not None and live["adapter"] not in (report.champion, adapter.digest):
-        raise GateRefusal(
-            f"the report compares with {short(report.champion) if report.champion else 'no champion'}, "
-            f"but {short(live['adapter'])} is live",
-            where=f"release of {name}",
-            mend="The report is stale. " + again,
-        )
-    if not service.json("service.json")["answers_match"]:
-        raise GateRefusal("the Bento did not give the evaluated answers", where=f"release of {name}", mend=again)
+        against = short(report.champion) if report.champion else "no champion"
+        raise _unfit(name, f"the report is stale: it compares with {against}, but {short(live['adapter'])} is live")
+    if not service["answers_match"]:
+        raise _unfit(name, "the Bento did not give the evaluated answers")
+    require_recounted(report_artefact, report)
+    decision = decide(report, task.gates)
+    gates = {gate: decision.gate(gate).reason for gate in decision.refusals}
     return Candidate(
         adapter=adapter.digest,
         base=adapter.json("adapter.json")["base"]["model"],
         report=report_artefact.digest,
-        model_version=version.json("version.json")["version"],
-        bento=service.json("service.json")["tag"],
-        decision=decide(report, task.gates),
+        model_version=version["version"],
+        bento=service["tag"],
+        decision=decision,
+        refusals=gates | _upstream(lake, adapter, report.test_split, task),
     )
+
+
+def _upstream(lake: Lake, adapter: Artefact, test_split: str, task: TaskSpec) -> dict[str, str]:
+    """Blocking checks of stages 1 and 2 that fail on exactly the rows behind this adapter and its test."""
+    splits = {
+        "train": lake.open(adapter.made_from["train_split"]),
+        "validation": lake.open(adapter.made_from["validation_split"]),
+        "test": lake.open(test_split),
+    }
+    clean = lake.open(splits["train"].made_from["clean_dataset"])
+    raw = lake.open(clean.made_from["raw_dataset"])
+    kept = clean.parquet("kept.parquet")
+    parts = {name: split.parquet("rows.parquet") for name, split in splits.items()}
+    verdicts = {
+        **of_raw(raw.parquet("rows.parquet"), task),
+        **of_clean(kept, task),
+        **{f"{split}_split.{name}": verdict for (split, name), verdict in of_splits(kept, parts, task).items()},
+        **of_adapter(adapter.json("training.json"), split_rows(lake, splits["validation"].digest)),
+    }
+    return {name: verdict.reason for name, verdict in verdicts.items() if not verdict.passed}
+
+
+def _unfit(task: str, what: str) -> GateRefusal:
+    again = "Materialise eval_report, model_version, bento_service and release of this task in one run."
+    return GateRefusal(what, where=f"release of {task}", mend=again)
 
 
 def release(
@@ -81,22 +111,25 @@ def release(
         The release in force afterwards, and the candidate. A candidate that is live already makes no new release.
 
     Raises:
-        GateRefusal: As `examine`; or a gate refuses and no person approved exactly this adapter on this report.
+        GateRefusal: As `examine`; or something speaks against the candidate, or it was rolled back, and no person
+            approved exactly this adapter on this report since.
     """
     candidate = examine(lake, ledger, task)
     name = task.full_name
     live = ledger.live_release(name)
     if live is not None and live["adapter"] == candidate.adapter:
         return live, candidate
+    refusals = dict(candidate.refusals)
+    rolled_back = _rolled_back(ledger.releases(name)).get(candidate.adapter)
+    if rolled_back is not None:
+        refusals["rolled_back"] = f"this adapter was rolled back by {rolled_back['actor']}: {rolled_back['because']}"
     approval = None
-    if not candidate.decision.passed:
+    if refusals:
         approval = ledger.approval(task=name, adapter=candidate.adapter, report=candidate.report)
-        if approval is None:
-            reasons = "; ".join(
-                f"{gate}: {candidate.decision.gate(gate).reason}" for gate in candidate.decision.refusals
-            )
+        if approval is None or (rolled_back is not None and approval["created_at"] < rolled_back["created_at"]):
+            reasons = "; ".join(f"{demand}: {reason}" for demand, reason in refusals.items())
             raise GateRefusal(
-                f"{candidate.decision.verdict} {reasons}",
+                f"not to be released, {len(refusals)} demands are not met. {reasons}",
                 where=f"release of {name}",
                 mend=f"Train a better adapter, or overrule with: ft release approve {name} --because TEXT",
             )
@@ -104,16 +137,27 @@ def release(
         task=name,
         kind="approval" if approval else "release",
         adapter=candidate.adapter,
+        base=candidate.base,
         report=candidate.report,
         model_version=candidate.model_version,
         bento=candidate.bento,
         actor=approval["actor"] if approval else actor,
         because=approval["because"] if approval else because,
-        decision=candidate.decision.model_dump(mode="json"),
-        base=candidate.base,
+        decision=candidate.decision.model_dump(mode="json") | {"refusals": refusals},
         expected_live=live["id"] if live else None,
     )
     return recorded, candidate
+
+
+def _rolled_back(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Adapters that a rollback took off the route and nothing put back since -> that rollback."""
+    away: dict[str, dict[str, Any]] = {}
+    adapter_of = {one["id"]: one["adapter"] for one in history}
+    for one in history:
+        away.pop(one["adapter"], None)
+        if one["kind"] == "rollback":
+            away[adapter_of[one["decision"]["rolled_back_from"]]] = one
+    return away
 
 
 def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: str, because: str) -> dict[str, Any]:
@@ -128,7 +172,10 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
     """
     history = ledger.releases(task)
     live = ledger.live_release(task)
-    earlier = [one for one in history if live is not None and one["adapter"] != live["adapter"]]
+    away = _rolled_back(history)
+    if not because.strip():
+        raise GateRefusal("a rollback needs a reason", where=f"rollback of {task}", mend="Say why with --because.")
+    earlier = [one for one in history if live is not None and one["adapter"] not in (live["adapter"], *away)]
     wanted = [one for one in history if one["id"] == to] if to else earlier[-1:]
     if not wanted or live is None:
         raise GateRefusal(

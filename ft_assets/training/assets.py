@@ -1,6 +1,7 @@
 """Stage 2: the trials that were asked for, and the adapter trained with the best of them."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from ft_assets.training.search import run_trials
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment
-from ft_resources.lake import Artefact, Lake, short
+from ft_resources.lake import Artefact, Lake, digest_of, short
+from ft_resources.tracking import TRAINED_FROM
 
 GROUP = "2_training"
 WORKER = "ft_assets.training.worker"
-POD = {"dagster-k8s/config": {"container_config": {"resources": {"requests": {"cpu": "1", "memory": "2Gi"}}}}}
+RETRIES = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL)
+"""For a worker that died; a typed error forbids them."""
 
 
 @dg.asset(
@@ -30,7 +33,7 @@ POD = {"dagster-k8s/config": {"container_config": {"resources": {"requests": {"c
     group_name=GROUP,
     kinds={"optuna"},
     code_version=TRAINER,
-    op_tags=POD,
+    retry_policy=RETRIES,
 )
 def search_results(
     context: dg.AssetExecutionContext,
@@ -53,11 +56,8 @@ def search_results(
             (folder / "trials.json").write_text(json.dumps(trials, indent=1, sort_keys=True))
 
         made_from = {
-            **inputs,
+            **_made_from(task, resolved, inputs, environment),
             "search": task.spec.search.model_dump(mode="json"),
-            "settings": resolved.settings.model_dump(mode="json"),
-            "template": resolved.template_digest,
-            "trainer": TRAINER,
         }
         artefact = publish(context, lake, (task.name, "search_results"), "search_results", made_from, write)
         trials = artefact.json("trials.json")
@@ -78,8 +78,7 @@ def search_results(
     group_name=GROUP,
     kinds={"pytorch", "huggingface", "mlflow"},
     code_version=TRAINER,
-    retry_policy=dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL),
-    op_tags=POD,
+    retry_policy=RETRIES,
 )
 def adapter(
     context: dg.AssetExecutionContext,
@@ -125,6 +124,20 @@ def _inputs(lake: Lake, task: Task) -> dict[str, str]:
     return {split: lake.require(task.name, split).digest for split in ("train_split", "validation_split")}
 
 
+def _made_from(task: Task, resolved: Resolved, inputs: Mapping[str, str], environment: Environment) -> dict[str, Any]:
+    return {
+        **inputs,
+        "task": task.name,
+        "labels": task.spec.labels,
+        "preparation": {"pii": list(task.spec.cleaning.pii), "max_chars": task.spec.cleaning.max_chars},
+        "settings": resolved.settings.model_dump(mode="json"),
+        "template": resolved.template_digest,
+        "base": resolve_base(resolved.settings.base.model).digest,
+        "trainer": TRAINER,
+        "environment": environment_of_training(environment),
+    }
+
+
 def _train(
     context: dg.AssetExecutionContext,
     lake: Lake,
@@ -135,21 +148,7 @@ def _train(
     inputs: Mapping[str, str],
 ) -> tuple[Artefact, float]:
     """The adapter of these settings and rows, and the seconds its training took now (0 when it was made before)."""
-    import time
-
-    settings = resolved.settings.model_dump(mode="json")
-    preparation = {"pii": list(task.spec.cleaning.pii), "max_chars": task.spec.cleaning.max_chars}
-    made_from = {
-        **inputs,
-        "preparation": preparation,
-        "task": task.name,
-        "labels": task.spec.labels,
-        "settings": settings,
-        "template": resolved.template_digest,
-        "base": resolve_base(resolved.settings.base.model).digest,
-        "trainer": TRAINER,
-        "environment": environment_of_training(),
-    }
+    made_from = _made_from(task, resolved, inputs, environment)
     found = lake.find("adapter", made_from)
     if found is not None:
         context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
@@ -158,14 +157,19 @@ def _train(
         **inputs,
         "task": task.name,
         "labels": task.spec.labels,
-        "settings": settings,
+        "settings": made_from["settings"],
         "origins": dict(resolved.origins),
         "template": resolved.template,
-        "preparation": preparation,
+        "preparation": made_from["preparation"],
         "lake": environment.lake,
         "mlflow": environment.mlflow,
         "run_name": f"{task.name} {context.run.run_id[:8]}",
-        "tags": {"dagster_run_id": context.run.run_id, "task": task.name, **inputs},
+        "tags": {
+            "dagster_run_id": context.run.run_id,
+            "task": task.name,
+            TRAINED_FROM: digest_of(made_from),
+            **inputs,
+        },
         "made_from": made_from,
     }
     started = time.monotonic()

@@ -1,14 +1,14 @@
 """Checks of stage 2."""
 
-import math
 from collections.abc import Iterator
 
 import dagster as dg
 
 from ft_assets.data.assembly import split_rows
-from ft_assets.data.checks import specs
-from ft_assets.materialising import check, task_named
+from ft_assets.data.checks import judged, specs
+from ft_assets.materialising import task_named
 from ft_assets.partitions import task_partitions
+from ft_assets.training.verdicts import of_adapter
 from ft_resources.environments import Environment
 from ft_resources.lake import Lake
 
@@ -37,21 +37,5 @@ def adapter_checks(
     """The run stayed finite, and on validation rows the adapter beats always answering the commonest label."""
     task = task_named(environment, context.partition_key)
     trained = lake.require(task.name, "adapter")
-    history = trained.json("training.json")
-    values = [*history["loss"], *(value for epoch in history["validation"] for value in epoch.values())]
-    yield check(
-        "loss_finite",
-        "adapter",
-        bool(history["loss"]) and all(math.isfinite(value) for value in values),
-        f"{len(history['loss'])} steps, loss {history['loss'][0]:.3f} to {history['loss'][-1]:.3f}",
-    )
-    labels = split_rows(lake, trained.made_from["validation_split"])["label"]
-    trivial = float(labels.value_counts(normalize=True).max())
-    accuracy = history["validation"][history["best_epoch"] - 1]["accuracy"]
-    yield check(
-        "beats_trivial_baseline",
-        "adapter",
-        accuracy > trivial,
-        f"validation accuracy {accuracy:.3f} on {len(labels)} rows; the commonest label alone gets {trivial:.3f}",
-        {"accuracy": accuracy, "trivial": trivial},
-    )
+    validation = split_rows(lake, trained.made_from["validation_split"])
+    yield from judged("adapter", of_adapter(trained.json("training.json"), validation))

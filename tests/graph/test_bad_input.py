@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Callable[..., Outcome]:
 
 
 def lines(rows: list[tuple[str, str]]) -> str:
-    frame = pd.DataFrame(rows, columns=["text", "label"])
+    frame = pd.DataFrame(rows, columns=["text", "label"]).assign(at="2002-07-01T00:00:00+00:00")
     return frame.to_json(orient="records", lines=True)
 
 
@@ -47,13 +47,13 @@ def test_an_empty_file(run: Callable[..., Outcome]) -> None:
 
 
 def test_a_missing_column_names_the_nearest(run: Callable[..., Outcome]) -> None:
-    outcome = run("message,labl\nhello there,ham\n", name="rows.csv")
+    outcome = run("message,label,at\nhello there,ham,2002-07-01\n", name="rows.csv")
     assert "rows.csv" in outcome.failure
     assert "there is no column" in outcome.failure
 
 
 def test_another_encoding_is_named_with_its_line(run: Callable[..., Outcome]) -> None:
-    outcome = run("text,label\nplain,ham\ncaf\xe9,ham\n".encode("cp1252"), name="rows.csv")
+    outcome = run("text,label,at\nplain,ham,2002-07-01\ncaf\xe9,ham,2002-07-01\n".encode("cp1252"), name="rows.csv")
     assert "rows.csv:3" in outcome.failure
     assert "encoding" in outcome.failure
 

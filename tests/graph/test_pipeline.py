@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ft_assets.platform import Platform
+from ft_resources.lake import digest_of
 from ft_resources.tracking import client
 from tests.graph.small_task import TASK, Built, open_home
 
@@ -64,7 +65,7 @@ def test_the_adapter_loads_in_plain_peft_and_answers_as_evaluated(platform: Plat
 
 def test_mlflow_holds_every_step_and_the_card_of_the_version(platform: Platform) -> None:
     adapter = platform.lake.require(TASK, "adapter")
-    run_id = platform.registry.run_of(TASK, adapter.digest)
+    run_id = platform.registry.run_of(TASK, digest_of(dict(adapter.made_from)))
     connection = client(platform.environment.mlflow)
     losses = [
         metric.value for metric in sorted(connection.get_metric_history(run_id, "loss"), key=lambda one: one.step)

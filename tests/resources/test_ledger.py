@@ -399,7 +399,10 @@ def test_opening_again_keeps_what_is_there(database: str) -> None:
 
 OPENING = """
 import sys
+import alembic.command
 from ft_resources.ledger import Ledger
+print("ready", flush=True)
+sys.stdin.readline()
 ledger = Ledger(sys.argv[1])
 ledger.audit("ada", "open", "t", sys.argv[2], {})
 print("open", flush=True)
@@ -416,17 +419,22 @@ def test_processes_that_start_together_migrate_once_and_none_waits_for_another_t
             stderr=subprocess.PIPE,
             text=True,
         )
-        for n in range(2)
+        for n in range(3)
     ]
     # one that hangs fails the test here instead of for ever
     watch = threading.Timer(30, lambda: [process.kill() for process in processes])
     watch.start()
-    said = [process.stdout.readline() for process in processes if process.stdout]
+    pipes = [(process.stdin, process.stdout) for process in processes if process.stdin and process.stdout]
+    said = [out.readline() for _, out in pipes]
+    for into, _ in pipes:
+        into.write("go\n")
+        into.flush()
+    said += [out.readline() for _, out in pipes]
     watch.cancel()
-    errors = [process.communicate("\n", timeout=30)[1] for process in processes]
-    assert said == ["open\n", "open\n"], errors
+    errors = [process.communicate("end\n", timeout=30)[1] for process in processes]
+    assert said == ["ready\n"] * len(pipes) + ["open\n"] * len(pipes), errors
     ledger = Ledger(database)
-    assert {event["subject"] for event in ledger.audit_events()} == {"0", "1"}
+    assert {event["subject"] for event in ledger.audit_events()} == {"0", "1", "2"}
     ledger.close()
 
 

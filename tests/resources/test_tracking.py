@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from ft_resources.errors import ArtefactError
-from ft_resources.tracking import ModelRegistry, TrackedRun, client
+from ft_resources.tracking import TRAINED_FROM, ModelRegistry, TrackedRun, client
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def finished(uri: str, task: str, adapter: str, folder: Path) -> str:
-    run = TrackedRun(uri, task, "a run", {"dagster_run_id": "d-1"})
+    run = TrackedRun(uri, task, "a run", {"dagster_run_id": "d-1", TRAINED_FROM: adapter})
     run.params({"lora.rank": 4})
     for step in range(1, 6):
         run.metrics({"loss": 1 / step}, step)
@@ -29,7 +29,7 @@ def test_every_step_is_kept(uri: str, tmp_path: Path) -> None:
     history = client(uri).get_metric_history(run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, 1 / step) for step in range(1, 6)]
     assert ModelRegistry(uri).run_of("steps", "a" * 64) == run_id
-    with pytest.raises(ArtefactError, match="no MLflow run made adapter"):
+    with pytest.raises(ArtefactError, match="no MLflow run of task"):
         ModelRegistry(uri).run_of("steps", "b" * 64)
 
 
