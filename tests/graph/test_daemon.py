@@ -73,3 +73,8 @@ def test_drift_is_found_and_answered_by_the_daemon_alone(copied: Callable[[], Pl
     back = platform.roll_back(TASK, because="a test of the way back")
     assert back["adapter"] == first["adapter"]
     assert platform.predict(TASK, ["hello there"])[0].adapter == first["adapter"]
+    again = platform.materialise(TASK, only=["release"])
+    assert "rolled back by tester: a test of the way back" in again.failure
+    assert platform.live(TASK) == platform.history(TASK)[-1]
+    approved = platform.approve(TASK, because="it was the better one after all")
+    assert approved["adapter"] == second["adapter"]
