@@ -82,32 +82,76 @@ def test_a_tampered_report_is_refused(unreleased: Platform) -> None:
     report = unreleased.lake.require(TASK, "eval_report")
 
     def perfect(content: dict) -> None:
-        perfect = {"value": 1.0, "low": 1.0, "high": 1.0}
+        content["models"]["candidate"]["accuracy"]["value"] = 1.0
 
+    rewrite(unreleased.lake, report.digest, "report.json", perfect)
+    outcome = unreleased.materialise(TASK, only=["release"])
+    assert not outcome.succeeded
+    assert "damaged" in outcome.failure
+    assert unreleased.live(TASK) is None
+
+
+def test_a_tampered_adapter_is_refused(unreleased: Platform) -> None:
+    adapter = unreleased.lake.require(TASK, "adapter")
+    weights = adapter.path("adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    outcome = unreleased.materialise(TASK, only=["release"])
+    assert not outcome.succeeded
+    assert "damaged" in outcome.failure
+
+
+def test_the_report_of_another_task_is_refused(unreleased: Platform) -> None:
+    lake, home = unreleased.lake, unreleased.environment.home
+    other = TASK_FILE.replace("name: small-mail", "name: other-mail").replace("rows.jsonl", str(home / "none.jsonl"))
+    (home / "tasks" / "other-mail.yaml").write_text(other)
+    for asset in ("adapter", "eval_report", "model_version", "bento_service"):
+        lake.set_head("other-mail", asset, lake.require(TASK, asset).digest, "by hand")
+    outcome = unreleased.materialise("other-mail", only=["release"])
+    assert not outcome.succeeded
+    assert "about task 'small-mail'" in outcome.failure
+    assert unreleased.ledger.live_release("other-mail") is None
+
+
+def test_rows_that_fail_their_own_checks_are_not_released_either(unreleased: Platform) -> None:
+    """A check that stopped the run of the data stage cannot be left behind by materialising the rest."""
+    path = unreleased.environment.home / "tasks" / "small-mail.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("cleaning: {", "cleaning: {min_rows: 5000, "), encoding="utf-8")
+    outcome = unreleased.materialise(TASK, only=["release"])
+    assert "enough_rows" in outcome.failure
+    assert unreleased.live(TASK) is None
+
+
+def test_a_rewritten_and_republished_report_is_recounted(unreleased: Platform, tmp_path: Path) -> None:
+    """The forged report has a digest of its own, but its figures are not those of the answers beside it."""
+    lake = unreleased.lake
+    report = lake.require(TASK, "eval_report")
+    folder = tmp_path / "forged"
+    shutil.copytree(report.folder, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    content = json.loads((folder / "report.json").read_text())
+    perfect = {"value": 1.0, "low": 1.0, "high": 1.0}
     content["models"]["candidate"] = {name: one | perfect for name, one in content["models"]["candidate"].items()}
-    counts = [sum(row) for row in content["confusion"]]
-    places = range(len(labels))
+    counts, places = [sum(row) for row in content["confusion"]], range(len(content["labels"]))
     content["confusion"] = [[count if at == other else 0 for other in places] for at, count in enumerate(counts)]
-    content["per_label"] = {
-        label: figures | {"precision": 1.0, "recall": 1.0, "f1": 1.0} for label, figures in content["per_label"].items()
-    }
+    right = {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    content["per_label"] = {label: figures | right for label, figures in content["per_label"].items()}
     for part in content["slices"]:
         part["candidate_right"] = part["rows"]
     (folder / "report.json").write_text(json.dumps(content))
     forged = lake.publish("eval_report", folder, dict(report.made_from))
     lake.set_head(TASK, "eval_report", forged.digest, "by hand")
-    for asset, name in (("model_version", "version.json"), ("bento_service", "service.json")):
-        head = lake.require(TASK, asset)
+    for asset, name, key in (
+        ("model_version", "version.json", "report"),
+        ("bento_service", "service.json", "eval_report"),
+    ):
         copy = tmp_path / asset
-        shutil.copytree(head.folder, copy, ignore=shutil.ignore_patterns("manifest.json"))
+        shutil.copytree(lake.require(TASK, asset).folder, copy, ignore=shutil.ignore_patterns("manifest.json"))
         about = json.loads((copy / name).read_text())
-        about["report" if asset == "model_version" else "eval_report"] = forged.digest
-        (copy / name).write_text(json.dumps(about))
+        (copy / name).write_text(json.dumps(about | {key: forged.digest}))
         lake.set_head(TASK, asset, lake.publish(asset, copy, {"forged": asset}).digest, "by hand")
     outcome = unreleased.materialise(TASK, only=["release"])
     assert not outcome.succeeded
     assert "accuracy of candidate" in outcome.failure or "contradict" in outcome.failure
-    assert rows > 0
     assert unreleased.live(TASK) is None
 
 
