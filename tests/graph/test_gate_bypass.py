@@ -164,7 +164,7 @@ def test_a_stale_report_of_an_earlier_adapter_is_refused(unreleased: Platform, t
     lake.set_head(TASK, "adapter", newer.digest, "by hand")
     outcome = unreleased.materialise(TASK, only=["release"])
     assert not outcome.succeeded
-    assert "the newest is" in outcome.failure
+    assert "the newest adapter is" in outcome.failure
     assert unreleased.live(TASK) is None
 
 
@@ -245,5 +245,10 @@ def test_rollback_needs_an_earlier_adapter_that_is_intact(copied: Callable[[], P
     )
     back = platform.roll_back(TASK, because="it was better")
     assert (back["kind"], back["adapter"]) == ("rollback", live["adapter"])
+    with pytest.raises(GateRefusal, match="no earlier adapter"):
+        platform.roll_back(TASK, because="not back to what was just left")
+    lost = next(one["id"] for one in platform.history(TASK) if one["adapter"] == "c" * 64)
     with pytest.raises(ArtefactError):
-        platform.roll_back(TASK, because="the other one was never stored")
+        platform.roll_back(TASK, to=lost, because="the other one was never stored")
+    with pytest.raises(GateRefusal, match="needs a reason"):
+        platform.roll_back(TASK, because="")
