@@ -117,8 +117,6 @@ class Environment:
             "DAGSTER_DISABLE_TELEMETRY": "yes",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # OpenMP threads that spin while they wait starve everything else on a small machine
-            "OMP_WAIT_POLICY": "PASSIVE",
             **{name: value for name, value in chosen.items() if value not in ("", str(MOST_ADAPTERS))},
         }
 

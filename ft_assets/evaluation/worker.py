@@ -25,7 +25,7 @@ from ft_resources.environments import Environment
 from ft_resources.lake import Artefact, Lake
 
 CHUNK = 64
-LATENCY_ROWS = 40
+LATENCY_ROWS = 30
 PARITY_ROWS = 200
 REFERENCE_ROWS = 1000
 

@@ -145,6 +145,7 @@ def train(
     )
     best: tuple[float, float] | None = None
     best_weights: dict[str, torch.Tensor] = {}
+    best_logits = np.zeros((0, len(labels)), dtype=np.float32)
     started, step = time.perf_counter(), 0
     for epoch in range(1, options.epochs + 1):
         model.train()
@@ -179,18 +180,17 @@ def train(
                     time.perf_counter() - started,
                 )
             )
-        measured, _ = _measure(model, forward, held_out, validation.labels)
+        measured, logits = _measure(model, forward, held_out, validation.labels)
         history.validation.append(measured)
         on_epoch(epoch, measured)
         score = (measured["macro_f1"], -measured["loss"])
         if best is None or score > best:
-            best, history.best_epoch = score, epoch
+            best, best_logits, history.best_epoch = score, logits, epoch
             best_weights = {
                 name: copy.deepcopy(w) for name, w in model.state_dict().items() if _is_trained(model, name)
             }
     model.load_state_dict(best_weights, strict=False)
-    _, logits = _measure(model, forward, held_out, validation.labels)
-    temperature = fit_temperature(logits, np.array(validation.labels)) if validation.labels else 1.0
+    temperature = fit_temperature(best_logits, np.array(validation.labels)) if validation.labels else 1.0
     _save(model, labels, base, settings, history, temperature, folder, describe)
     return history
 
