@@ -25,7 +25,8 @@ task_app = typer.Typer(no_args_is_help=True, help="Task files: check, add, list.
 release_app = typer.Typer(no_args_is_help=True, help="What is live, what was live when, overrule, go back.")
 app.add_typer(task_app, name="task")
 app.add_typer(release_app, name="release")
-console = Console(highlight=False, soft_wrap=True)
+WIDE = None if sys.stdout.isatty() else 200  # nothing is cut for a file or a pipe
+console = Console(highlight=False, soft_wrap=True, width=WIDE)
 complaints = Console(stderr=True, highlight=False, soft_wrap=True)
 
 HomeOption = Annotated[Path | None, typer.Option("--home", help="Platform home; default FT_HOME, else .ft here.")]
@@ -48,6 +49,13 @@ def show_line(line: Any) -> None:
 
     subject = f"{line.subject}: " if line.subject and line.kind != "note" else ""
     console.print(f"[dim]{line.seconds:6.1f}s[/dim]  {MARKS[line.kind]}{escape(subject + line.text)}")
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 @contextmanager
@@ -74,7 +82,7 @@ def task_check(file: Annotated[Path, typer.Argument(help="Task file.")], home: H
     with _told():
         task, resolved = _open(home).check_task(file)
         console.print(f"[green]valid[/green]: task {task.name}, {task.spec.type}, recipe {resolved.template}")
-        table = Table("setting", "value", "from")
+        table = _table("setting", "value", "from")
         for path, origin in resolved.origins.items():
             value: Any = resolved.settings.model_dump()
             for part in path.split("."):
@@ -97,7 +105,7 @@ def task_list(home: HomeOption = None) -> None:
     with _told():
         platform = _open(home)
         tasks, errors = platform.tasks.load()
-        table = Table("task", "type", "recipe", "live", "file")
+        table = _table("task", "type", "recipe", "live", "file")
         for name, task in sorted(tasks.items()):
             live = platform.ledger.live_release(name)
             table.add_row(
@@ -122,7 +130,7 @@ def run(
     """Take a task from its raw rows through training, evaluation and gates to a live release."""
     with _told():
         outcome = _open(home).materialise(task, only=only or (), because=because, show=show_line)
-        _verdict(outcome, home)
+        _verdict(outcome, task, home)
 
 
 @app.command()
@@ -133,7 +141,7 @@ def monitor(
 ) -> None:
     """Compact and judge one day of a task's traffic."""
     with _told():
-        _verdict(_open(home).monitor(task, day, show=show_line), home)
+        _verdict(_open(home).monitor(task, day, show=show_line), task, home)
 
 
 @app.command()
@@ -144,7 +152,7 @@ def report(task: TaskArgument, home: HomeOption = None) -> None:
 
         platform = _open(home)
         found = platform.report(task)
-        table = Table("model", *found.models["candidate"])
+        table = _table("model", *found.models["candidate"])
         for name, metrics in found.models.items():
             table.add_row(name, *(f"{i.value:.3f} ({i.low:.3f} to {i.high:.3f})" for i in metrics.values()))
         console.print(table)
@@ -195,8 +203,8 @@ def trace(
         console.print(f"recipe   {found.adapter['template']} on {found.adapter['base']['model']}")
         for name, digest in found.digests.items():
             console.print(f"{name:17}{digest}")
-        console.print(f"trained on {len(found.rows)} rows, of which:")
-        table = Table("row", "label", "source")
+        console.print(f"trained on {len(found.rows)} rows, the first {min(rows, len(found.rows))} (more: --rows N):")
+        table = _table("row", "label", "source")
         for row in found.rows.head(rows).itertuples():
             table.add_row(row.row_id, row.label, row.source)
         console.print(table)
@@ -214,7 +222,7 @@ def release_history(
             route = _open(home).live_at(task, at.replace(tzinfo=UTC))
             console.print_json(json.dumps(route, default=str)) if route else console.print("nothing was live then")
             return
-        table = Table("from", "release", "kind", "version", "adapter", "by", "because")
+        table = _table("from", "release", "kind", "version", "adapter", "by", "because")
         for one in _open(home).history(task):
             table.add_row(
                 f"{one['created_at']:%Y-%m-%d %H:%M:%S}",
@@ -261,9 +269,11 @@ def serve(
 ) -> None:
     """Serve every released task over HTTP with `bentoml serve`; releases and rollbacks need no restart."""
     from ft_resources.environments import REPOSITORY
-    from ft_resources.serving import SERVICE
+    from ft_resources.serving import SERVICE, require_free
 
     _open(home)
+    with _told():
+        require_free(host, port)
     os.chdir(REPOSITORY)
     program = str(Path(sys.executable).with_name("bentoml"))
     os.execv(program, [program, "serve", SERVICE, "--host", host, "--port", str(port)])
@@ -288,7 +298,7 @@ def mlflow(port: Annotated[int, typer.Option(help="Port.")] = 5000, home: HomeOp
     os.execv(program, [program, "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
 
 
-def _verdict(outcome: Any, home: Path | None) -> None:
+def _verdict(outcome: Any, task: str, home: Path | None) -> None:
     if outcome.succeeded:
         console.print(f"[bold green]done[/bold green] (run {outcome.run_id})")
         return
@@ -297,6 +307,9 @@ def _verdict(outcome: Any, home: Path | None) -> None:
         complaints.print(f"  refused by {reason}", markup=False)
     if outcome.failure:
         complaints.print(f"  {outcome.failure}", markup=False)
+    if any(reason.startswith("eval_report.") for reason in outcome.refusals):
+        complaints.print(f"  Page: {_open(home).report_page(task)}", markup=False)
+        complaints.print(f"  A person can overrule it: ft release approve {task} --because TEXT", markup=False)
     raise typer.Exit(1)
 
 

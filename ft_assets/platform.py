@@ -339,7 +339,15 @@ class Platform:
             raise GateRefusal(
                 "an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because."
             )
+        self._complete(spec.full_name)
         candidate = promotion.examine(self.lake, self.ledger, spec)
+        live = self.ledger.live_release(spec.full_name)
+        if live is not None and live["adapter"] == candidate.adapter:
+            raise GateRefusal(
+                f"version {live['model_version']} is live already, nothing was recorded",
+                where=f"approval for {spec.full_name}",
+                mend="There is nothing to overrule.",
+            )
         self.ledger.approve(
             task=spec.full_name,
             adapter=candidate.adapter,
@@ -350,6 +358,26 @@ class Platform:
         release, _ = promotion.release(self.lake, self.ledger, spec, actor=self.environment.actor, because=because)
         self.registry.set_alias(spec.full_name, "champion", release["model_version"])
         return release
+
+    def _complete(self, task: str) -> None:
+        """Register and build the newest evaluated adapter: a run that a gate stopped did not get that far.
+
+        Raises:
+            GateRefusal: That failed.
+        """
+        report = self.lake.require(task, "eval_report").digest
+        version, service = self.lake.head(task, "model_version"), self.lake.head(task, "bento_service")
+        if version is not None and service is not None:
+            done = version.made_from["eval_report"] == service.made_from["eval_report"] == report
+            if done:
+                return
+        result = self._execute("train_and_release", task, ("model_version", "bento_service"), {}, None)
+        if not result.succeeded:
+            raise GateRefusal(
+                f"the candidate could not be registered and built: {result.failure or result.refusals}",
+                where=f"approval for {task}",
+                mend="Mend that and approve again.",
+            )
 
     def roll_back(self, task: str, *, to: str | None = None, because: str) -> dict[str, Any]:
         """Make an earlier release's adapter live again.

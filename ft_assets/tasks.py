@@ -14,6 +14,9 @@ from ft_resources.errors import SpecError
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class SourceSpec(Strict):
     """What every source with columns has in common."""
 
@@ -139,7 +142,7 @@ class SearchSpec(Strict):
 class GatePolicy(Strict):
     """What a candidate must show before it may answer traffic."""
 
-    thresholds: dict[Literal["accuracy", "macro_f1", "macro_precision", "macro_recall"], float] = Field(
+    thresholds: dict[Literal["accuracy", "macro_f1", "macro_precision", "macro_recall"], Share] = Field(
         default={"accuracy": 0.8}, description="Metric to its least value on the test split."
     )
     min_test_rows: int = Field(20, ge=2, description="Fewer test rows decide nothing: the gate refuses.")

@@ -15,9 +15,6 @@ from ft_resources.environments import Environment
 warnings.filterwarnings("ignore", category=dg.PreviewWarning, message=".*PipesMessageReader.*")
 
 WORKER_VARIABLES = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic CUDA kernels need

@@ -1,5 +1,6 @@
 """The only place that reads environment variables: where this process finds its home, lake, ledger and tracker."""
 
+import getpass
 import hashlib
 import os
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ class Environment:
             device=get("FT_DEVICE") or "",
             max_adapters=_positive("FT_MAX_ADAPTERS", get("FT_MAX_ADAPTERS") or str(MOST_ADAPTERS)),
             api_keys=tuple(key.strip() for key in (get("FT_API_KEYS") or "").split(",") if key.strip()),
-            actor=get("FT_ACTOR") or get("USER") or get("LOGNAME") or "unknown",
+            actor=get("FT_ACTOR") or _login(),
         )
 
     def variables(self) -> dict[str, str]:
@@ -118,6 +119,9 @@ class Environment:
             "DAGSTER_DISABLE_TELEMETRY": "yes",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TQDM_DISABLE": "1",
             **{name: value for name, value in chosen.items() if value not in ("", str(MOST_ADAPTERS))},
         }
 
@@ -138,6 +142,13 @@ def _positive(name: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) < 1:
         raise SpecError(f"{name} is '{value}'", where="environment", mend="Set it to a whole number of 1 or more.")
     return int(value)
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in some containers
+        return f"uid {os.getuid()}"
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -321,7 +321,9 @@ class Lake:
         artefact = self.head(task, asset)
         if artefact is None:
             raise ArtefactError(
-                f"'{asset}' of task '{task}' was never materialised", where=self.url, mend=f"Materialise {asset} first."
+                f"'{asset}' of task '{task}' was never materialised",
+                where=self.url,
+                mend=f"Materialise {asset} first: ft run {task}",
             )
         return artefact
 

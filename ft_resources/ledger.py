@@ -241,7 +241,7 @@ class Ledger:
                 "unknown_prediction",
                 f"there is no prediction '{prediction_id[:64]}'",
                 status=404,
-                mend="Send the prediction_id that /predict answered with.",
+                mend="Send the prediction_id of an answer; for a row use ft trace ROW --task TASK.",
             )
         return rows[0]
 

@@ -216,6 +216,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def require_free(host: str, port: int) -> None:
+    """Refuse a port that something listens on already.
+
+    Raises:
+        ServiceError: It is taken, or may not be used.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServiceError(
+                f"port {port} cannot be used: {error.strerror}", where=host, mend="Choose another one with --port."
+            ) from None
+
+
 def _bentoml() -> str:
     """The `bentoml` program of this Python environment."""
     return str(Path(sys.executable).with_name("bentoml"))

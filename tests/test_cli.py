@@ -1,6 +1,7 @@
 """The command line, run as a person runs it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,14 @@ def test_an_unknown_prediction_is_an_error(tmp_path: Path) -> None:
     done = ft("trace", "0" * 32, home=tmp_path)
     assert done.returncode == 2
     assert "there is no prediction" in done.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = ft("serve", "--port", port, home=tmp_path)
+    assert done.returncode == 2
+    assert f"port {port} cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr

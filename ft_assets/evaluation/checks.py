@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from ft_assets.data.checks import specs
-from ft_assets.evaluation.gate import GATES, decide
+from ft_assets.evaluation.gate import GATES, decide, explained
 from ft_assets.evaluation.stored import read_report
 from ft_assets.materialising import check, task_named
 from ft_resources.environments import Environment
@@ -20,4 +20,6 @@ def gates(
     task = task_named(environment, context.partition_key)
     _, report = read_report(lake, task.name)
     for name, gate in decide(report, task.spec.gates).gates.items():
-        yield check(name, "eval_report", gate.passed, gate.reason, {k: str(v) for k, v in gate.evidence.items()})
+        yield check(
+            name, "eval_report", gate.passed, explained(name, gate), {k: str(v) for k, v in gate.evidence.items()}
+        )

@@ -59,6 +59,23 @@ class Decision(pydantic.BaseModel):
         )
 
 
+SETTINGS = {
+    "meets_thresholds": "gates.thresholds",
+    "not_worse_than_champion": "gates.non_inferiority_margin",
+    "no_slice_regression": "gates.slice_margin",
+    "calibrated": "gates.max_calibration_error",
+    "within_latency_budget": "gates.latency_p95_ms",
+    "serves_what_was_evaluated": "gates.min_serving_agreement",
+    "no_forgetting": "gates.forgetting_margin",
+}
+"""Gate -> where its limit stands in the task file."""
+
+
+def explained(name: str, gate: GateResult) -> str:
+    """The gate's sentence; of a refusal also where its limit stands."""
+    return gate.reason if gate.passed else f"{gate.reason} The limit is {SETTINGS[name]} of the task file."
+
+
 def decide(report: EvalReport, policy: GatePolicy) -> Decision:
     """Ask every gate. A figure that is missing or NaN never passes.
 

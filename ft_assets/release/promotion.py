@@ -5,7 +5,7 @@ from typing import Any
 
 from ft_assets.data.assembly import split_rows
 from ft_assets.data.verdicts import of_clean, of_raw, of_splits
-from ft_assets.evaluation.gate import Decision, decide
+from ft_assets.evaluation.gate import Decision, decide, explained
 from ft_assets.evaluation.stored import read_report, require_recounted
 from ft_assets.tasks import TaskSpec
 from ft_assets.training.verdicts import of_adapter
@@ -65,7 +65,7 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
         raise _unfit(name, "the Bento did not give the evaluated answers")
     require_recounted(report_artefact, report)
     decision = decide(report, task.gates)
-    gates = {gate: decision.gate(gate).reason for gate in decision.refusals}
+    gates = {gate: explained(gate, decision.gate(gate)) for gate in decision.refusals}
     return Candidate(
         adapter=adapter.digest,
         base=adapter.json("adapter.json")["base"]["model"],
@@ -181,7 +181,7 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
         raise GateRefusal(
             f"there is no release '{to}' of this task" if to else "there is no earlier adapter to go back to",
             where=f"rollback of {task}",
-            mend=f"See: ft release history {task}",
+            mend=f"Name a release of 'ft release history {task}' with --to.",
         )
     target = wanted[0]
     adapter = lake.open(target["adapter"])

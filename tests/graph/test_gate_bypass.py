@@ -219,6 +219,17 @@ def test_a_person_overrules_with_a_reason_that_is_kept(unreleased: Platform) -> 
     assert [event["action"] for event in unreleased.ledger.audit_events(TASK)] == ["approve", "approval"]
 
 
+def test_a_candidate_that_a_gate_stopped_early_can_be_approved(unreleased: Platform) -> None:
+    """The run ended before the version was registered and the Bento built: approving does both."""
+    demand_the_impossible(unreleased)
+    assert not unreleased.materialise(TASK).succeeded
+    report = unreleased.lake.require(TASK, "eval_report").digest
+    release = unreleased.approve(TASK, because="good enough for a test")
+    assert release["report"] == report
+    with pytest.raises(GateRefusal, match="live already"):
+        unreleased.approve(TASK, because="again")
+
+
 def test_an_approval_counts_for_its_own_report_only(unreleased: Platform) -> None:
     demand_the_impossible(unreleased)
     candidate = promotion.examine(unreleased.lake, unreleased.ledger, unreleased.tasks.get(TASK).spec)
