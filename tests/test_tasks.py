@@ -117,7 +117,7 @@ def test_tasks_that_come_with_the_platform_are_valid(path: Path) -> None:
         (17, "search: {trials: 3}\ncleaning:", 17, ["field 'search.trials'", "learning_rate, rank or epochs"]),
         (17, "search: {trials: 3, rank: []}\ncleaning:", 17, ["field 'search.rank'", "distinct choices"]),
         (17, "search: {learning_rate: [0.1, 0.01]}\ncleaning:", 17, ["'search.learning_rate'", "lowest < highest"]),
-        (17, "gates: {thresholds: {accuracy: 1.85}}\ncleaning:", 17, ["thresholds.accuracy' is 1.85", "equal to 1"]),
+        (21, "    accuracy: 1.85", 21, ["field 'gates.thresholds.accuracy' is 1.85", "less than or equal to 1"]),
         (17, "split: {method: random}\ncleaning:", 17, ["field 'split.method' is 'random'", "'hash' or 'time'"]),
     ],
 )
