@@ -47,21 +47,6 @@ if TYPE_CHECKING:
     from ft_assets.following import Line
 
 
-RELEASE_ASSETS = (
-    "raw_dataset",
-    "clean_dataset",
-    "train_split",
-    "validation_split",
-    "test_split",
-    "search_results",
-    "adapter",
-    "eval_report",
-    "model_version",
-    "bento_service",
-    "release",
-)
-
-
 class PlatformBusy(FtError):
     """Another run works on the same partition."""
 
@@ -182,13 +167,14 @@ class Platform:
             SpecError: There is no such task.
         """
         name = self.tasks.get(task).name
-        unknown = [asset for asset in only if asset not in RELEASE_ASSETS]
+        known = _release_assets() if only else []
+        unknown = [asset for asset in only if asset not in known]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], RELEASE_ASSETS, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
             raise SpecError(
                 f"there is no asset '{unknown[0]}' on the way to a release",
                 where="only",
-                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(RELEASE_ASSETS)}.",
+                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
             )
         self.instance.add_dynamic_partitions("task", [name])
         return self._execute("train_and_release", name, only, {"ft/because": because}, show)
@@ -217,11 +203,10 @@ class Platform:
         from ft_assets.definitions import defs
         from ft_assets.following import Line, following
 
-        active = dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": str(key)})
-        if self.instance.get_runs_count(active):
-            other = self.instance.get_runs(active, limit=1)[0].run_id
+        others = self.instance.get_runs(dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": str(key)}), limit=1)
+        if others:
             raise PlatformBusy(
-                f"run {other} of '{key}' is under way",
+                f"run {others[0].run_id} of '{key}' is under way",
                 where=str(self.environment.home),
                 mend="Wait for it, or end it in the UI.",
             )
@@ -301,7 +286,7 @@ class Platform:
         Raises:
             RequestError: Nothing is live, or the request is not valid.
         """
-        return self._scorer.predict(task, list(inputs), model_version=model_version, user=user, event_time=event_time)
+        return self._scorer.predict(task, inputs, model_version=model_version, user=user, event_time=event_time)
 
     def serve(self, port: int | None = None) -> ServerProcess:
         """Start the service on this home in a process of its own; the caller stops it."""
@@ -367,10 +352,8 @@ class Platform:
         """
         report = self.lake.require(task, "eval_report").digest
         version, service = self.lake.head(task, "model_version"), self.lake.head(task, "bento_service")
-        if version is not None and service is not None:
-            done = version.made_from["eval_report"] == service.made_from["eval_report"] == report
-            if done:
-                return
+        if all(made is not None and made.made_from["eval_report"] == report for made in (version, service)):
+            return
         result = self._execute("train_and_release", task, ("model_version", "bento_service"), {}, None)
         if not result.succeeded:
             raise GateRefusal(
@@ -398,6 +381,14 @@ def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
     refusals = tuple(f"{line.subject}: {line.text}" for line in lines if line.kind == "refused")
     failure = next((line.text for line in lines if line.kind == "failed"), "")
     return Outcome(run_id, succeeded and not refusals, refusals, failure)
+
+
+def _release_assets() -> list[str]:
+    """Names of the assets of the job that ends with a release."""
+    from ft_assets.automation import train_and_release
+    from ft_assets.definitions import defs
+
+    return sorted(key.to_user_string() for key in train_and_release.selection.resolve(defs.resolve_asset_graph()))
 
 
 def _with_absolute_urls(task: Task) -> str:

@@ -102,6 +102,13 @@ def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
         platform.materialise("smal-mail")
 
 
+def test_an_unknown_asset_names_the_nearest(tmp_path: Path) -> None:
+    platform = open_home(tmp_path / "home")
+    platform.add_task(write_task(tmp_path / "mine"))
+    with pytest.raises(SpecError, match="Did you mean 'adapter'"):
+        platform.materialise(TASK, only=["adaptor"])
+
+
 def test_a_corrupted_adapter_answers_nobody(copied: Callable[[], Platform]) -> None:
     from ft_resources.errors import FtError
 
