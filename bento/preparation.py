@@ -143,13 +143,16 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 def normalise(text: str) -> str:
     """NFC, control characters out, runs of blanks and of empty lines folded. Twice changes nothing."""
+    lines = (" ".join(line.split()) for line in tidy(text).split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def tidy(text: str) -> str:
+    """NFC, control characters out, line breaks as one character; blanks stay. Twice changes nothing."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # first, for a control character can part a letter from its accent
     text = _CONTROLS.sub("", _BLANK_CONTROLS.sub(" ", text))
-    if not text.isascii():
-        text = _stream_safe(unicodedata.normalize("NFC", _stream_safe(text)))
-    lines = (" ".join(line.split()) for line in text.split("\n"))
-    return "\n".join(line for line in lines if line)
+    return text if text.isascii() else _stream_safe(unicodedata.normalize("NFC", _stream_safe(text)))
 
 
 def _stream_safe(text: str) -> str:
@@ -166,12 +169,26 @@ def _stream_safe(text: str) -> str:
     return "".join(pieces) + ("" if marks > MOST_MARKS else text[kept_from:])
 
 
-def prepare(text: str, kinds: Sequence[str], max_chars: int) -> tuple[str, dict[str, int]]:
-    """The text a model sees, and how many personal data of each kind were masked. Preparing twice changes nothing."""
+def prepare(text: str, kinds: Sequence[str], max_chars: int | None = None) -> tuple[str, dict[str, int]]:
+    """The text a model sees, cut after `max_chars` characters, and how many personal data of each kind were masked.
+
+    Preparing twice changes nothing.
+    """
+    return _settled(text, kinds, max_chars, normalise)
+
+
+def prepare_content(text: str, kinds: Sequence[str], max_chars: int | None = None) -> tuple[str, dict[str, int]]:
+    """`prepare` for a content whose blanks mean something, such as code: only those at its ends are left out."""
+    return _settled(text, kinds, max_chars, lambda content: tidy(content).lstrip("\n"))
+
+
+def _settled(
+    text: str, kinds: Sequence[str], max_chars: int | None, form: Callable[[str], str]
+) -> tuple[str, dict[str, int]]:
     counts: dict[str, int] = {}
     while True:  # a cut may leave what looks like personal data, and an accent may join the token before it
         before = text
-        text, masked = mask(normalise(text), kinds)
+        text, masked = mask(form(text), kinds)
         text = text[:max_chars].rstrip()
         counts = {kind: counts.get(kind, 0) + masked.get(kind, 0) for kind in (*counts, *masked)}
         if text == before:

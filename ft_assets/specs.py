@@ -139,7 +139,8 @@ class YamlFile:
             kind = "missing" if kind == "union_tag_not_found" else kind
         full = (*below, *loc)
         where = self.where(full)
-        field = ".".join(map(str, self._named(full, keep_last=kind in ("missing", "extra_forbidden")))) or "(top level)"
+        keep_last = kind in ("missing", "extra_forbidden") or bool(isinstance(misplaced, Misplaced) and misplaced.loc)
+        field = ".".join(map(str, self._named(full, keep_last=keep_last))) or "(top level)"
         if kind == "extra_forbidden":
             names = _valid_names(model, loc[:-1])
             return where, f"field '{field}' is not known", f"{_meant(loc[-1], names)}Valid here: {', '.join(names)}"

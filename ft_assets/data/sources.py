@@ -8,10 +8,11 @@ from pathlib import Path
 import fsspec
 import pandas as pd
 
+from ft_assets.data.layouts import Layout, layout_of
 from ft_assets.data.mail import read_mail
 from ft_assets.data.packages import fetch_package
 from ft_assets.data.rows import ROW_COLUMNS, frame
-from ft_assets.data.tables import Columns, format_of, read_table
+from ft_assets.data.tables import format_of, read_table
 from ft_assets.tasks import FilesSource, PackageSource, SourceSpec, TaskSpec
 from ft_resources.errors import SourceError
 
@@ -37,9 +38,10 @@ def read_sources(
     parts = []
     for source in spec.sources:
         if isinstance(source, FilesSource):
-            rows = _within(_files(source, folder), source, report, source.url)
+            rows = _within(_files(source, layout_of(spec, source), folder), source, report, source.url)
         elif isinstance(source, PackageSource):
-            rows = _within(_package(source, cache), source, report, f"{source.registry} package {source.name}")
+            rows = _package(source, layout_of(spec, source), cache)
+            rows = _within(rows, source, report, f"{source.registry} package {source.name}")
         else:
             rows = feedback()
             report(f"feedback: {len(rows)} rows whose label came back")
@@ -64,7 +66,7 @@ def _within(rows: pd.DataFrame, source: SourceSpec, report: Callable[[str], None
     return rows[kept].reset_index(drop=True)
 
 
-def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
+def _files(source: FilesSource, layout: Layout, folder: Path) -> pd.DataFrame:
     url = source.url
     if "://" not in url and not Path(url).is_absolute():
         url = str(folder.resolve() / url)
@@ -77,7 +79,6 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
     if not files:
         raise SourceError("no file matches", where=url, mend="Check the path; it starts at the task file's folder.")
     parts = []
-    columns = Columns(source.text, source.label, source.event_time)
     for file in sorted(files, key=lambda one: str(one.path)):
         try:
             with file as stream:
@@ -91,7 +92,7 @@ def _files(source: FilesSource, folder: Path) -> pd.DataFrame:
                 f"the file cannot be read: {error}", where=file.path, mend="Check that it can be reached and opened."
             ) from error
         kind = format_of(file.path, source.format)
-        parts.append(read_table(content, file.path, kind, columns, source.encoding, "files"))
+        parts.append(read_table(content, file.path, kind, layout, source.event_time, source.encoding, "files"))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -101,7 +102,7 @@ def _read_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, *((client.ClientError,) if client else ()))
 
 
-def _package(source: PackageSource, cache: Path) -> pd.DataFrame:
+def _package(source: PackageSource, layout: Layout, cache: Path) -> pd.DataFrame:
     root = fetch_package(source.registry, source.name, source.version, source.integrity, cache)
     prefix = f"{source.registry}:{source.name}@{source.version}"
     target = root / source.path
@@ -117,10 +118,9 @@ def _package(source: PackageSource, cache: Path) -> pd.DataFrame:
         raise SourceError(
             f"'{source.path}' is a folder of the package", where=prefix, mend="Name a file in it, or set format: mail."
         )
-    columns = Columns(source.text, source.label, source.event_time)
     kind = format_of(target.name, source.format)
     name = f"{prefix}/{target.relative_to(root).as_posix()}"
-    return read_table(target.read_bytes(), name, kind, columns, source.encoding, "package")
+    return read_table(target.read_bytes(), name, kind, layout, source.event_time, source.encoding, "package")
 
 
 def _mails(source: PackageSource, target: Path, root: Path, prefix: str) -> pd.DataFrame:

@@ -1,24 +1,26 @@
-"""Text and label columns out of JSONL, CSV and Parquet bytes; errors name file and line."""
+"""Texts and answers out of the bytes of JSONL, JSON, CSV, Orange's tab and Parquet files; errors name file and line."""
 
 import csv
-import difflib
 import io
 import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
+from ft_assets.data.layouts import Layout, missing
 from ft_assets.data.rows import frame
 from ft_resources.errors import SourceError
+
+Numbered = list[tuple[int, dict[str, Any]]]
+"""Rows with the line they start on, counted from 1."""
 
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
     ".csv": "csv",
+    ".tab": "tab",
     ".parquet": "parquet",
     ".pq": "parquet",
 }
@@ -26,17 +28,8 @@ GUESSES = ("utf-16", "cp1252", "gb18030")
 FIELD_LIMIT = 1 << 30
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what."""
-
-    text: str
-    label: str
-    event_time: str | None
-
-
 def format_of(name: str, wanted: str) -> str:
-    """`jsonl`, `csv` or `parquet`.
+    """`jsonl`, `json`, `csv`, `tab` or `parquet`.
 
     Raises:
         SourceError: `auto`, and the ending tells nothing.
@@ -51,8 +44,14 @@ def format_of(name: str, wanted: str) -> str:
     )
 
 
-def read_table(content: bytes, name: str, kind: str, columns: Columns, encoding: str, origin: str) -> pd.DataFrame:
+def read_table(
+    content: bytes, name: str, kind: str, layout: Layout, event_time: str | None, encoding: str, origin: str
+) -> pd.DataFrame:
     """Raw rows of one file.
+
+    Args:
+        layout: Which columns make the text and the answer of a row.
+        event_time: Column with the time of a row.
 
     Raises:
         SourceError: The file is empty, not decodable, not of its format, or lacks a column.
@@ -60,49 +59,36 @@ def read_table(content: bytes, name: str, kind: str, columns: Columns, encoding:
     if not content.strip():
         raise SourceError("the file is empty", where=name, mend="Write rows to it or leave it out.")
     if kind == "parquet":
-        return _parquet(content, name, columns, origin)
-    text = _decoded(content, name, encoding)
-    numbered = _jsonl(text, name) if kind == "jsonl" else _csv(text, name)
-    texts, labels, sources, times = [], [], [], []
-    if columns.event_time and numbered and not any(columns.event_time in row for _, row in numbered):
-        raise _missing(columns.event_time, numbered[0][1], f"{name}:{numbered[0][0]}")
-    for line, row in numbered:
-        for column in (columns.text, columns.label):
-            if column not in row:
-                raise _missing(column, row, f"{name}:{line}")
-        texts.append(_text(row[columns.text], columns.text, f"{name}:{line}"))
-        labels.append(_label(row[columns.label], columns.label, f"{name}:{line}"))
-        sources.append(f"{name}#{line}")
-        times.append(row.get(columns.event_time) if columns.event_time else None)
-    if not texts:
-        raise SourceError("the file holds no rows", where=name, mend="Write rows below the header.")
-    return frame(texts, labels, sources, times, origin)
+        numbered = _parquet(content, name, {*layout.columns, event_time})
+    else:
+        numbered = READERS[kind](_decoded(content, name, encoding), name)
+    if not numbered:
+        raise SourceError("the file holds no rows", where=name, mend="Write rows to it or leave it out.")
+    if event_time and not any(event_time in row for _, row in numbered):
+        raise missing(event_time, numbered[0][1], f"{name}:{numbered[0][0]}")
+    rows = [layout.row(row, f"{name}:{line}") for line, row in numbered]
+    return frame(
+        [text for text, _ in rows],
+        [answer for _, answer in rows],
+        [f"{name}#{line}" for line, _ in numbered],
+        [row.get(event_time) if event_time else None for _, row in numbered],
+        origin,
+    )
 
 
-def _parquet(content: bytes, name: str, columns: Columns, origin: str) -> pd.DataFrame:
+def _parquet(content: bytes, name: str, wanted: set[str | None]) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = [columns.text, columns.label, *([columns.event_time] if columns.event_time else [])]
     try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        for column in wanted:
-            if column not in file.schema_arrow.names:
-                raise _missing(column, file.schema_arrow.names, name)
         # Python values, not pandas ones: those turn whole numbers beside a null into fractions
-        table = {column: file.read(columns=[column])[column].to_pylist() for column in wanted}
+        file = pq.ParquetFile(io.BytesIO(content))
+        names = file.schema_arrow.names
+        rows = file.read(columns=[column for column in names if column in wanted]).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SourceError(f"not a readable Parquet file: {error}", where=name, mend="Write it again.") from error
-    lines = range(1, len(table[columns.text]) + 1)
-    if not lines:
-        raise SourceError("the file holds no rows", where=name, mend="Write rows to it or leave it out.")
-    return frame(
-        [_text(value, columns.text, f"{name}:{n}") for n, value in zip(lines, table[columns.text], strict=True)],
-        [_label(value, columns.label, f"{name}:{n}") for n, value in zip(lines, table[columns.label], strict=True)],
-        [f"{name}#{number}" for number in lines],
-        [_time_text(value) for value in table[columns.event_time]] if columns.event_time else [None] * len(lines),
-        origin,
-    )
+    unread: dict[str, Any] = dict.fromkeys(names)
+    return [(number, unread | row) for number, row in enumerate(rows, start=1)]
 
 
 def _decoded(content: bytes, name: str, encoding: str) -> str:
@@ -128,7 +114,7 @@ def _decodes(content: bytes, encoding: str) -> bool:
     return encoding != "utf-16" or content[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
-def _jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+def _jsonl(text: str, name: str) -> Numbered:
     rows, bad = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -151,10 +137,55 @@ def _jsonl(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+def _json(text: str, name: str) -> Numbered:
+    """The objects of one array, each with the line it starts on; or one object a line."""
+    at = _after_blanks(text, 0)
+    if text[at : at + 1] != "[":
+        return _jsonl(text, name)
+    decoder = json.JSONDecoder()
+    rows: Numbered = []
+    line, counted, closed = 1, 0, False
+    while not closed:
+        at = _after_blanks(text, at + 1)  # behind the bracket or a comma
+        if not rows and text[at : at + 1] == "]":
+            break
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            raise SourceError("this is not JSON", where=f"{name}:{line}", mend="Check brackets and commas.") from None
+        if not isinstance(row, dict):
+            raise SourceError("this is not an object", where=f"{name}:{line}", mend="Write an array of objects.")
+        rows.append((line, row))
+        at = _after_blanks(text, at)
+        if text[at : at + 1] not in (",", "]"):
+            where = f"{name}:{line + text.count(chr(10), counted, at)}"
+            raise SourceError("a comma or the array's end is missing", where=where, mend="Check brackets and commas.")
+        closed = text[at] == "]"
+    if text[at + 1 :].strip():
+        raise SourceError("something stands behind the array", where=f"{name}:{line}", mend="Write one array a file.")
+    return rows
+
+
+def _after_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _csv(text: str, name: str) -> Numbered:
+    return _separated(text, name, ",", 0)
+
+
+def _tab(text: str, name: str) -> Numbered:
+    """Orange's format: below the header one line tells the columns' types and one their roles."""
+    return _separated(text, name, "\t", 2)
+
+
+def _separated(text: str, name: str, delimiter: str, skipped: int) -> Numbered:
     csv.field_size_limit(FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[int, dict[str, Any]]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: Numbered = []
     start = 1
     try:
         header = next((row for row in reader if row), [])
@@ -163,13 +194,15 @@ def _csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
             raise SourceError(
                 f"the header names '{twice[0]}' twice", where=f"{name}:{reader.line_num}", mend="Rename one of them."
             )
+        for _ in range(skipped):
+            next(reader, None)
         start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise SourceError(
                     f"{len(row)} values, the header names {len(header)} columns",
                     where=f"{name}:{start}",
-                    mend="Quote values that hold commas or line breaks.",
+                    mend="Quote values that hold separators or line breaks.",
                 )
             if row:
                 rows.append((start, dict(zip(header, row, strict=True))))
@@ -179,30 +212,4 @@ def _csv(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _missing(column: str, there: Iterable[str], where: str) -> SourceError:
-    names: Sequence[str] = [str(one) for one in there]
-    near = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
-    hint = f"Did you mean '{near[0]}'? " if near else ""
-    return SourceError(f"there is no column '{column}'", where=where, mend=f"{hint}Columns there: {', '.join(names)}.")
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bytes | list | dict | tuple):
-        kind = {"dict": "an object", "bytes": "a binary value"}.get(type(value).__name__, "a list")
-        raise SourceError(f"column '{column}' holds {kind}, not a text", where=where, mend="Write it as a text.")
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = value if isinstance(value, str) else str(value)
-    return text.encode("utf-8", "replace").decode()  # a lone surrogate from a JSON escape cannot be stored
-
-
-def _label(value: Any, column: str, where: str) -> str | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return _text(value, column, where).strip() or None
-
-
-def _time_text(value: Any) -> str | None:
-    return None if pd.isna(value) else value.isoformat() if hasattr(value, "isoformat") else str(value)
+READERS: dict[str, Callable[[str, str], Numbered]] = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tab": _tab}

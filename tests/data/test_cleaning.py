@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from bento.preparation import find
 from ft_assets.data.cleaning import Cleaned, clean
+from ft_assets.data.forms import Classification
 from ft_assets.data.rows import ROW_COLUMNS, row_id
 from ft_assets.tasks import CleaningSpec
 
-LABELS = ["ham", "spam"]
+LABELS = Classification(["ham", "spam"])
 LETTER = " ".join(f"word{n}" for n in range(60))
 
 
@@ -173,7 +174,7 @@ def test_every_row_is_kept_or_rejected(rows: list[dict[str, object]]) -> None:
     cleaned = clean(frame, spec, LABELS)
     assert sorted([*cleaned.kept["row_id"], *cleaned.rejected["row_id"]]) == sorted(frame["row_id"])
     assert cleaned.kept["text"].is_unique
-    assert cleaned.kept["label"].isin(LABELS).all()
+    assert cleaned.kept["label"].isin(LABELS.labels).all()
     assert all(find(text, spec.pii) == [] for text in cleaned.kept["text"])
 
 
