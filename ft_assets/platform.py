@@ -19,7 +19,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from ft_assets.evaluation.stored import read_report
 from ft_assets.release import promotion
 from ft_assets.tasks import FilesSource, Task, TaskFolders
 from ft_assets.training import recipes
+from ft_assets.training.failures import failed_results
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import FtError, GateRefusal, SpecError
@@ -41,10 +42,13 @@ from ft_resources.tracking import ModelRegistry
 
 if TYPE_CHECKING:
     import dagster as dg
+    import pandas as pd
 
     from bento.request_log import Prediction
     from bento.scorer import Scorer
     from ft_assets.following import Line
+    from ft_assets.watching import Watched
+    from ft_resources.training_runs import Grouping
 
 
 class PlatformBusy(FtError):
@@ -63,6 +67,8 @@ class Outcome:
     """Blocking checks that failed, as `asset.check: reason`."""
     failure: str
     """What the failed step said; empty without one."""
+    results: Path | None = None
+    """Folder that describes a training that failed: failure.json, logs, curve of resources."""
 
 
 class Platform:
@@ -105,8 +111,12 @@ class Platform:
     def instance(self) -> "dg.DagsterInstance":
         """The Dagster instance that the UI and the daemon share."""
         import dagster as dg
+        from filelock import FileLock
 
-        return dg.DagsterInstance.from_config(str(self.environment.dagster_home))
+        with FileLock(self.environment.dagster_home / "creation.lock"):  # dagster creates its tables without one
+            instance = dg.DagsterInstance.from_config(str(self.environment.dagster_home))
+            instance.get_run_ids(limit=1)
+        return instance
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -227,7 +237,18 @@ class Platform:
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                 raise_on_error=False,
             )
-        return outcome(run_id, result.success, seen)
+        ended = outcome(run_id, result.success, seen)
+        return ended if ended.succeeded else replace(ended, results=failed_results(self.environment, str(key), run_id))
+
+    def watched(self, run: str) -> "Watched":
+        """A run to watch: Dagster run id or the start of one, task name (its newest run), or MLflow run id.
+
+        Raises:
+            UnknownRun: No run is called so, or several ids start so; it lists the newest ones.
+        """
+        from ft_assets.watching import Watched
+
+        return Watched(self.environment.mlflow, self.instance, run)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -238,6 +259,33 @@ class Platform:
     def report_page(self, task: str) -> Path:
         """The newest report as a self-contained HTML page."""
         return read_report(self.lake, self.tasks.get(task).name)[0].path("report.html")
+
+    def experiments(
+        self,
+        task: str | None = None,
+        *,
+        status: str | None = None,
+        min_accuracy: float | None = None,
+        max_seconds: float | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> "pd.DataFrame":
+        """Trainings that ended, newest first: what each was made from, took and reached.
+
+        Args:
+            task: Only those of this task, which need not be declared any more.
+            status: `FINISHED`, `FAILED` or `PRUNED`.
+            min_accuracy: On the validation rows.
+            max_seconds: Of wall time.
+            since: Started then or later; `until`: started before. Aware datetimes.
+        """
+        return self.ledger.training_runs(
+            task, status=status, min_accuracy=min_accuracy, max_seconds=max_seconds, since=since, until=until
+        )
+
+    def experiment_statistics(self, by: "Grouping", task: str | None = None) -> "pd.DataFrame":
+        """Trainings counted and summed by base model, dataset, ...; see `Ledger.training_statistics`."""
+        return self.ledger.training_statistics(by, task)
 
     def live(self, task: str) -> dict[str, Any] | None:
         """The release that answers now."""

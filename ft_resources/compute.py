@@ -38,15 +38,20 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
     memory: str = Field("4Gi", description="Memory request of the pod (kubernetes).")
     timeout_minutes: float = Field(240, gt=0, description="A pod that waits or runs longer is given up (kubernetes).")
 
-    def run(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any], *, processes: int = 1
+    ) -> dict[str, Any]:
         """Run `python -m module` with `job` and return what it reports.
+
+        Args:
+            processes: How many work together; more than one are started by torchrun.
 
         Raises:
             FtError: The typed error the worker reported.
             WorkerDied: It ended without reporting anything.
         """
         try:
-            messages = self._launch(context, module, job)
+            messages = self._launch(context, module, job, processes)
         except Exception as error:
             # what the Pipes clients raise when a process ends badly is not exported by dagster: recognise it by name
             if type(error).__name__ not in ("DagsterPipesExecutionError", "DagsterK8sError"):
@@ -60,18 +65,25 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
                 return result
         raise _died(module, "it reported no result")
 
-    def _launch(self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any]) -> list[Any]:
-        command = [sys.executable, "-m", module]
+    def _launch(
+        self, context: dg.AssetExecutionContext, module: str, job: Mapping[str, Any], processes: int
+    ) -> list[Any]:
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = ["python", *(several if processes > 1 else []), "-m", module]
         variables = {**Environment.read().variables(), **WORKER_VARIABLES}
         if self.kind == "local":
             client = dg.PipesSubprocessClient(env=variables)
-            return list(client.run(context=context, command=command, extras={"job": dict(job)}).get_custom_messages())
+            return list(
+                client.run(
+                    context=context, command=[sys.executable, *command[1:]], extras={"job": dict(job)}
+                ).get_custom_messages()
+            )
         from dagster_k8s import PipesK8sClient
 
         pod = PipesK8sClient().run(
             context=context,
             image=self.image,
-            command=["python", "-m", module],
+            command=command,
             namespace=self.namespace,
             env=variables,
             base_pod_spec=self.pod_spec(),

@@ -52,6 +52,12 @@ class Environment:
     """`FT_NAMESPACE`, default `default` (kubernetes only)."""
     device: str
     """`FT_DEVICE`: `cuda`, `mps` or `cpu`; empty picks the best one there is."""
+    processes: int
+    """`FT_PROCESSES`, default 1: processes that train one adapter together; each computes its share of a batch."""
+    memory_gb: float | None
+    """`FT_MEMORY_GB`: memory a training may use; default what there is."""
+    prices: Path
+    """`FT_PRICES`, default `deployments/prices.yaml`: what an hour of each device costs."""
     max_adapters: int
     """`FT_MAX_ADAPTERS`, default 64: adapters a service keeps in memory."""
     api_keys: tuple[str, ...]
@@ -86,6 +92,9 @@ class Environment:
             gpus=int(get("FT_GPUS") or 0),
             namespace=get("FT_NAMESPACE") or "default",
             device=get("FT_DEVICE") or "",
+            processes=_positive("FT_PROCESSES", get("FT_PROCESSES") or "1"),
+            memory_gb=_amount("FT_MEMORY_GB", get("FT_MEMORY_GB")),
+            prices=_absolute(get("FT_PRICES") or REPOSITORY / "deployments" / "prices.yaml"),
             max_adapters=_positive("FT_MAX_ADAPTERS", get("FT_MAX_ADAPTERS") or str(MOST_ADAPTERS)),
             api_keys=tuple(key.strip() for key in (get("FT_API_KEYS") or "").split(",") if key.strip()),
             actor=get("FT_ACTOR") or _login(),
@@ -100,6 +109,8 @@ class Environment:
             "FT_IMAGE": self.image,
             "FT_NAMESPACE": self.namespace,
             "FT_DEVICE": self.device,
+            "FT_PROCESSES": str(self.processes) if self.processes > 1 else "",
+            "FT_MEMORY_GB": "" if self.memory_gb is None else str(self.memory_gb),
             "FT_MAX_ADAPTERS": str(self.max_adapters),
         }
         return {
@@ -111,6 +122,7 @@ class Environment:
             "FT_TASKS": os.pathsep.join(map(str, self.task_folders)),
             "FT_PACKAGE_CACHE": str(self.packages),
             "FT_COMPUTE": self.compute,
+            "FT_PRICES": str(self.prices),
             "FT_ACTOR": self.actor,
             "BENTOML_HOME": str(self.home / "bentoml"),
             "BENTOML_DO_NOT_TRACK": "True",
@@ -142,6 +154,18 @@ def _positive(name: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) < 1:
         raise SpecError(f"{name} is '{value}'", where="environment", mend="Set it to a whole number of 1 or more.")
     return int(value)
+
+
+def _amount(name: str, value: str | None) -> float | None:
+    if not value:
+        return None
+    try:
+        amount = float(value)
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount < float("inf"):
+        raise SpecError(f"{name} is '{value}'", where="environment", mend="Set it to a number above 0, or unset it.")
+    return amount
 
 
 def _login() -> str:

@@ -53,6 +53,21 @@ class TrainingError(FtError):
     code = "training_failed"
 
 
+class OutOfMemory(TrainingError):
+    """Training needed more memory than there is.
+
+    Args:
+        used: Bytes in use when it ended; 0 when nobody measured them.
+        total: Bytes there are; 0 when unknown.
+    """
+
+    code = "out_of_memory"
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "", used: int = 0, total: int = 0) -> None:
+        super().__init__(what, where=where, mend=mend)
+        self.used, self.total = used, total
+
+
 class EvaluationError(FtError):
     """Evaluation ended without a report."""
 

@@ -284,6 +284,23 @@ class Lake:
         # damaged or lost it has to be made again, and so it has if the pointer was
         return artefact if artefact and artefact.kind == kind and artefact.made_from == _stored(made_from) else None
 
+    def discard(self, digest: str) -> None:
+        """Remove an object that nothing refers to any more, such as an outlived checkpoint; gone already is fine."""
+        artefact = self._intact(digest)
+        if artefact is None:
+            return
+        key = self._key(artefact.kind, artefact.made_from)
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(key)
+        if self.is_local:  # by a rename first, so that nobody finds half of it
+            aside = Path(self._root) / "incoming" / uuid.uuid4().hex
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                Path(self._object(digest)).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            self._fs.rm(self._object(digest), recursive=True)
+
     # -- pointers -----------------------------------------------------------------------------------------------
 
     def set_head(self, task: str, asset: str, digest: str, run_id: str) -> None:

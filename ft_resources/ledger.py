@@ -1,4 +1,4 @@
-"""The store of decisions and events: releases, routes, predictions, feedback, audit.
+"""The store of decisions and events: releases, routes, predictions, feedback, training runs, audit.
 
 SQLite in WAL mode by default, PostgreSQL in production; the schema is kept by Alembic (`migrations/`). A write
 transaction of SQLite takes the write lock at its start, so that writers queue instead of failing half-way.
@@ -17,6 +17,7 @@ import pandas as pd
 import sqlalchemy as sa
 
 from ft_resources import ledger_schema as schema
+from ft_resources import training_runs as trainings
 from ft_resources.errors import ArtefactError, GateRefusal, RequestError
 
 GENESIS = "0" * 64
@@ -340,6 +341,50 @@ class Ledger:
                 "origin": ["feedback"] * len(rows),
             }
         )
+
+    # -- training runs ------------------------------------------------------------------------------------------
+
+    def record_training(self, run: trainings.TrainingRun) -> None:
+        """Store a training that ended; recording the same run again replaces it.
+
+        Raises:
+            ArtefactError: An unknown status, or a time without a zone.
+        """
+        values, table = run.values(), schema.training_runs
+        with self._write() as connection:
+            connection.execute(table.delete().where(table.c.run_id == run.run_id))
+            connection.execute(table.insert().values(**values))
+
+    def training_runs(
+        self,
+        task: str | None = None,
+        *,
+        status: str | None = None,
+        min_accuracy: float | None = None,
+        max_seconds: float | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> pd.DataFrame:
+        """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
+
+        Args:
+            status: `FINISHED`, `FAILED` or `PRUNED`.
+            min_accuracy: On the validation rows; runs without one don't fit.
+            max_seconds: Of wall time; runs without one don't fit.
+            since: Started then or later; `until`: started before. Aware datetimes.
+        """
+        query = trainings.select(task, status, min_accuracy, max_seconds, since, until)
+        return trainings.frame(self._rows(query))
+
+    def training_statistics(self, by: trainings.Grouping, task: str | None = None) -> pd.DataFrame:
+        """Trainings counted and summed by a column, most runs first.
+
+        Returns:
+            Columns: `by`, runs, finished, failed, pruned, best_accuracy, mean_accuracy, best_macro_f1, mean_seconds,
+            seconds, peak_memory_bytes, energy_wh, cost, newest.
+        """
+        query = trainings.statistics(by, task)
+        return pd.DataFrame(self._rows(query), columns=[column.name for column in query.selected_columns])
 
     # -- audit --------------------------------------------------------------------------------------------------
 

@@ -3,31 +3,59 @@
 Imports mlflow when used, never at module level, and not in the code location's process before an asset needs it.
 """
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_resources.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 EXPERIMENT_PREFIX = "ft/"
 TRAINED_FROM = "trained_from"
 """Tag of a run: digest of everything the adapter is made from, known before it is trained."""
+DAGSTER_RUN = "dagster_run_id"
+"""Tag of a run: the Dagster run that it was trained in, as dagster-mlflow names it."""
+PAGE = 1000
 
 
 def client(uri: str) -> Any:
     """An `MlflowClient` for `uri`; a SQLite store's folder is created."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    from filelock import FileLock
+
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.creation-lock"):  # mlflow creates the tables of a new file without one
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 class TrackedRun:
-    """An MLflow run that is being written. Steps are buffered and sent about once a second."""
+    """An MLflow run that is being written. One thread sends what was collected about once a second, so that every
+    step is seen soon, also while none follows it, and a slow tracker never holds the training up.
 
-    def __init__(self, uri: str, task: str, name: str, tags: Mapping[str, str]) -> None:
+    Args:
+        live: Asked each time something is sent for further metrics of that moment, such as `Meter.now`.
+        resume: Id of a run to go on with; empty: a new one.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        task: str,
+        name: str,
+        tags: Mapping[str, str],
+        *,
+        live: Callable[[], Mapping[str, float]] | None = None,
+        resume: str = "",
+    ) -> None:
         from mlflow.exceptions import MlflowException
 
         self._client = client(uri)
@@ -40,11 +68,19 @@ class TrackedRun:
                 identity = self._client.create_experiment(EXPERIMENT_PREFIX + task, artifact_location=location)
             except MlflowException:  # another run of this task created it meanwhile
                 identity = self._client.get_experiment_by_name(EXPERIMENT_PREFIX + task).experiment_id
-        self._run = self._client.create_run(identity, run_name=name, tags=dict(tags))
+        if resume:
+            self._client.update_run(resume, status="RUNNING")
+            self._run = self._client.get_run(resume)
+        else:
+            self._run = self._client.create_run(identity, run_name=name, tags=dict(tags))
         self.run_id: str = self._run.info.run_id
         self.experiment_id: str = identity
+        self._live, self._step = live, 0
         self._buffer: list[Any] = []
-        self._sent = time.monotonic()
+        self._collecting, self._sending = threading.Lock(), threading.Lock()
+        self._over = threading.Event()
+        self._sender = threading.Thread(target=self._send, name="tracker", daemon=True)
+        self._sender.start()
 
     def params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -53,27 +89,91 @@ class TrackedRun:
         self._client.log_batch(self.run_id, params=entries)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Collect metrics of a step; they are sent within about a second."""
         from mlflow.entities import Metric
 
         at = int(time.time() * 1000)
-        self._buffer += [Metric(key, value, at, step) for key, value in values.items()]
-        if time.monotonic() - self._sent > 1:
-            self.flush()
+        with self._collecting:
+            self._step = max(self._step, step)
+            self._buffer += [Metric(key, value, at, step) for key, value in values.items()]
 
     def flush(self) -> None:
-        for start in range(0, len(self._buffer), 1000):
-            self._client.log_batch(self.run_id, metrics=self._buffer[start : start + 1000])
-        self._buffer.clear()
-        self._sent = time.monotonic()
+        """Send what was collected; what cannot be sent now is kept."""
+        with self._sending:
+            with self._collecting:
+                waiting = list(self._buffer)
+            for start in range(0, len(waiting), 1000):
+                batch = waiting[start : start + 1000]
+                self._client.log_batch(self.run_id, metrics=batch)
+                with self._collecting:
+                    del self._buffer[: len(batch)]
+
+    def _send(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        while not self._over.wait(1.0):
+            if self._live is not None:
+                self.metrics(self._live(), self._step)
+            # the tracker is away: later sends, and `finish` says it when it stays away
+            with suppress(MlflowException):
+                self.flush()
 
     def finish(self, status: str, artifacts: Path | None = None, tags: Mapping[str, str] | None = None) -> None:
-        """Close the run as `FINISHED` or `FAILED`, with a folder of artifacts and further tags."""
+        """Close the run as `FINISHED`, `FAILED` or `KILLED` (a search trial that was pruned), with a folder of
+        artifacts and further tags."""
+        self._over.set()
+        self._sender.join()
         self.flush()
         for key, value in (tags or {}).items():
             self._client.set_tag(self.run_id, key, value)
         if artifacts is not None:
             self._client.log_artifacts(self.run_id, str(artifacts), "adapter")
         self._client.set_terminated(self.run_id, status)
+
+
+def trainings(
+    uri: str, *, dagster_run: str | None = None, task: str | None = None, most: int | None = None
+) -> "list[Run]":
+    """MLflow runs of the platform, newest first.
+
+    Args:
+        dagster_run: Only those of this Dagster run, or of those whose id starts so.
+        task: Only those of this task.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return []
+    connection = client(uri)
+    wanted = f"name = '{EXPERIMENT_PREFIX}{task}'" if task else f"name LIKE '{EXPERIMENT_PREFIX}%'"
+    experiments = [each.experiment_id for each in _every(connection.search_experiments, filter_string=wanted)]
+    if not experiments:
+        return []
+    condition = f"tags.{DAGSTER_RUN} LIKE '{dagster_run}%'" if dagster_run else ""
+    newest = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
+    found: list[Run] = _every(connection.search_runs, experiment_ids=experiments, most=most, **newest)
+    return found
+
+
+def _every(search: Callable[..., Any], *, most: int | None = None, **question: Any) -> list[Any]:
+    """All pages of an answer, or its first `most` entries."""
+    found, token = list[Any](), None
+    while True:
+        page = search(**question, max_results=min(most or PAGE, PAGE), page_token=token)
+        found += page
+        token = page.token
+        if not token or (most and len(found) >= most):
+            return found[:most]
+
+
+def end_abandoned(uri: str, dagster_run: str) -> list[str]:
+    """Close as failed the runs that a worker of this Dagster run left open when it died.
+
+    Returns:
+        Their MLflow run ids, newest first.
+    """
+    open_runs = [run for run in trainings(uri, dagster_run=dagster_run) if run.info.status == "RUNNING"]
+    for run in open_runs:
+        client(uri).set_terminated(run.info.run_id, "FAILED")
+    return [run.info.run_id for run in open_runs]
 
 
 def _artifact_location(uri: str, task: str) -> str | None:

@@ -1,7 +1,5 @@
 """Stage 2: the trials that were asked for, and the adapter trained with the best of them."""
 
-import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,21 @@ from ft_assets.materialising import image, publish, result, table, task_named, t
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import loss_curve
 from ft_assets.tasks import Task
-from ft_assets.training.identity import TRAINER, environment_of_training
+from ft_assets.training import search, search_plots
+from ft_assets.training.identity import TRAINER
+from ft_assets.training.jobs import inputs_of, job, made_from
+from ft_assets.training.planning import relieved
 from ft_assets.training.recipes import Resolved, resolve, with_values
-from ft_assets.training.search import run_trials
-from ft_resources.base_models import resolve as resolve_base
+from ft_assets.training.records import recorded
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment
-from ft_resources.lake import Artefact, Lake, digest_of, short
-from ft_resources.tracking import TRAINED_FROM
+from ft_resources.errors import OutOfMemory
+from ft_resources.lake import Artefact, Lake, short
+from ft_resources.ledger import Ledger
 
 GROUP = "2_training"
 WORKER = "ft_assets.training.worker"
+SEARCH_WORKER = "ft_assets.training.search_worker"
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL)
 """For a worker that died; a typed error forbids them."""
 
@@ -39,35 +41,40 @@ def search_results(
     context: dg.AssetExecutionContext,
     environment: dg.ResourceParam[Environment],
     lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
     compute: Compute,
 ) -> dg.MaterializeResult[Any]:
     """Trials of the hyper-parameter search with their cost; one untrained trial when no search is asked."""
     with typed_failures():
         task = task_named(environment, context.partition_key)
-        resolved = resolve(task)
-        inputs = _inputs(lake, task)
-
-        def train(values: Mapping[str, Any], number: int) -> tuple[Artefact, float]:
-            trial = with_values(resolved, values, f"search trial {number}")
-            return _train(context, lake, compute, environment, task, trial, inputs)
+        spec, resolved = task.spec.search, resolve(task)
+        recipe = made_from(task, resolved, inputs_of(lake, task), environment)
 
         def write(folder: Path) -> None:
-            trials = run_trials(task.spec.search, resolved.settings.training.seed, train, context.log.info)
-            (folder / "trials.json").write_text(json.dumps(trials, indent=1, sort_keys=True))
+            found = search.untrained()
+            if search.needed(spec):
+                described = search.job(recipe, task, resolved, environment, context.run.run_id)
+                found = compute.run(context, SEARCH_WORKER, described)
+                for run in search.training_runs(described, found):
+                    ledger.record_training(run)
+            search_plots.write(folder, found)
 
-        made_from = {
-            **_made_from(task, resolved, inputs, environment),
-            "search": task.spec.search.model_dump(mode="json"),
-        }
-        artefact = publish(context, lake, (task.name, "search_results"), "search_results", made_from, write)
-        trials = artefact.json("trials.json")
+        made = {**recipe, "search": spec.model_dump(mode="json")}
+        artefact = publish(context, lake, (task.name, "search_results"), "search_results", made, write)
+        found = artefact.json("trials.json")
+        curve = found["learning_curve"]
+        charts = sorted(name for name in artefact.files if name.endswith(".png"))
         return result(
             artefact,
             {
-                "trials": len(trials["trials"]),
-                "seconds": trials["seconds"],
-                "best_values": dg.MetadataValue.json(trials["best"]),
-                "leaderboard": table(trials["trials"]),
+                "trials": len(found["trials"]),
+                "seconds": found["seconds"],
+                "cost": f"{found['cost']:.4f} {found['currency']}".strip(),
+                "ended": found["ended"],
+                "best_values": dg.MetadataValue.json(found["best"]),
+                "leaderboard": table(search_plots.leaderboard(found)),
+                **({"learning_curve_says": dg.MetadataValue.md(curve["sentence"])} if curve else {}),
+                **{name.removesuffix(".png"): image(artefact.read(name), name) for name in charts},
             },
         )
 
@@ -84,33 +91,50 @@ def adapter(
     context: dg.AssetExecutionContext,
     environment: dg.ResourceParam[Environment],
     lake: dg.ResourceParam[Lake],
+    ledger: dg.ResourceParam[Ledger],
     compute: Compute,
 ) -> dg.MaterializeResult[Any]:
     """LoRA adapter, head and label map; loads in plain `peft.PeftModel.from_pretrained`."""
     with typed_failures():
         task = task_named(environment, context.partition_key)
-        search = lake.require(task.name, "search_results").json("trials.json")
-        chosen = with_values(resolve(task), search["best"], "search")
-        artefact, seconds = _train(context, lake, compute, environment, task, chosen, _inputs(lake, task))
+        found = lake.require(task.name, "search_results").json("trials.json")
+        chosen = with_values(resolve(task), found["best"], "search")
+        artefact, report = _train(context, lake, ledger, compute, environment, task, chosen, inputs_of(lake, task))
         lake.set_head(task.name, "adapter", artefact.digest, context.run.run_id)
         history = artefact.json("training.json")
         best = history["validation"][history["best_epoch"] - 1]
         return result(
             artefact,
             {
-                "reused": seconds == 0,
-                "seconds": seconds,
+                "reused": not report,
+                **_used(report),
                 "best_epoch": history["best_epoch"],
                 **{f"validation_{name}": value for name, value in best.items()},
+                "tokens": history["tokens"],
                 "trainable": f"{history['trainable_parameters']:,} of {history['total_parameters']:,} parameters "
                 f"({history['trainable_parameters'] / history['total_parameters']:.2%})",
                 "size_megabytes": sum(entry["size"] for entry in artefact.files.values()) / 1e6,
                 "loss_curve": image(_loss_curve(history), "loss"),
-                "settings": dg.MetadataValue.json(chosen.settings.model_dump()),
+                "settings": dg.MetadataValue.json(artefact.made_from["settings"]),
                 "origins": dg.MetadataValue.json(dict(chosen.origins)),
                 "mlflow": f"experiment ft/{task.name}, run with tag adapter {artefact.digest}; see it with: ft mlflow",
             },
         )
+
+
+def _used(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training that ran now took."""
+    if not report:
+        return {}
+    usage, made_on = report["usage"], report["provenance"]
+    return {
+        "seconds": usage["wall_seconds"],
+        "cpu_seconds": usage["cpu_seconds"],
+        "peak_memory_megabytes": usage["peak_memory_bytes"] / 1e6,
+        "energy_wh": f"{usage['energy_wh']:.2f} ({usage['energy_source']})",
+        "made_on": dg.MetadataValue.json(made_on),
+        "results": dg.MetadataValue.path(report["results"]),
+    }
 
 
 def _loss_curve(history: Mapping[str, Any]) -> bytes:
@@ -120,58 +144,36 @@ def _loss_curve(history: Mapping[str, Any]) -> bytes:
     return loss_curve(range(1, steps + 1), history["loss"], validation)
 
 
-def _inputs(lake: Lake, task: Task) -> dict[str, str]:
-    return {split: lake.require(task.name, split).digest for split in ("train_split", "validation_split")}
-
-
-def _made_from(task: Task, resolved: Resolved, inputs: Mapping[str, str], environment: Environment) -> dict[str, Any]:
-    return {
-        **inputs,
-        "task": task.name,
-        "labels": task.spec.labels,
-        "preparation": {"pii": list(task.spec.cleaning.pii), "max_chars": task.spec.cleaning.max_chars},
-        "settings": resolved.settings.model_dump(mode="json"),
-        "template": resolved.template_digest,
-        "base": resolve_base(resolved.settings.base.model).digest,
-        "trainer": TRAINER,
-        "environment": environment_of_training(environment),
-    }
-
-
 def _train(
     context: dg.AssetExecutionContext,
     lake: Lake,
+    ledger: Ledger,
     compute: Compute,
     environment: Environment,
     task: Task,
     resolved: Resolved,
     inputs: Mapping[str, str],
-) -> tuple[Artefact, float]:
-    """The adapter of these settings and rows, and the seconds its training took now (0 when it was made before)."""
-    made_from = _made_from(task, resolved, inputs, environment)
-    found = lake.find("adapter", made_from)
-    if found is not None:
-        context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
-        return found, 0.0
-    job = {
-        **inputs,
-        "task": task.name,
-        "labels": task.spec.labels,
-        "settings": made_from["settings"],
-        "origins": dict(resolved.origins),
-        "template": resolved.template,
-        "preparation": made_from["preparation"],
-        "lake": environment.lake,
-        "mlflow": environment.mlflow,
-        "run_name": f"{task.name} {context.run.run_id[:8]}",
-        "tags": {
-            "dagster_run_id": context.run.run_id,
-            "task": task.name,
-            TRAINED_FROM: digest_of(made_from),
-            **inputs,
-        },
-        "made_from": made_from,
-    }
-    started = time.monotonic()
-    report = compute.run(context, WORKER, job)
-    return lake.open(report["adapter"]), time.monotonic() - started
+) -> tuple[Artefact, Mapping[str, Any]]:
+    """The adapter of these settings and rows, and the worker's report; an empty one when it was made before.
+
+    Out of memory the run is planned anew, with the same rows per step in smaller parts, and goes on.
+    """
+    resume = ""
+    while True:
+        made = made_from(task, resolved, inputs, environment)
+        found = lake.find("adapter", made)
+        if found is not None:
+            context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
+            return found, {}
+        described = job(made, resolved, environment, context.run.run_id, resume=resume)
+        try:
+            with recorded(ledger, environment, described) as record:
+                report = compute.run(context, WORKER, described, processes=environment.processes)
+                record(report)
+            return lake.open(report["adapter"]), report
+        except OutOfMemory as error:
+            changed = relieved(
+                resolved.settings, resolved.settings.base.max_tokens, resolved.settings.training.batch_size
+            )
+            context.log.warning(f"{error} Going on with {changed}: the same rows per step, in smaller parts.")
+            resolved, resume = with_values(resolved, changed, "after running out of memory"), described["key"]

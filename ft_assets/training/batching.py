@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, in a seeded order."""
+"""Which rows make a step, in a seeded order, and the parts a step is computed in."""
 
 import random
 from collections.abc import Sequence
@@ -22,3 +22,21 @@ def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[l
         batches += [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     generator.shuffle(batches)
     return batches
+
+
+def parts(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
+    """Row numbers, longest first, in groups of at most `budget` tokens; a longer row stands alone.
+
+    Args:
+        padded: Count every row of a group as long as its longest.
+    """
+    groups: list[list[int]] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        cost = lengths[groups[-1][0]] if padded and groups and tokens else lengths[row]
+        if not groups or tokens + cost > budget:
+            groups.append([])
+            tokens, cost = 0, lengths[row]
+        groups[-1].append(row)
+        tokens += cost
+    return groups

@@ -6,17 +6,33 @@ from importlib.metadata import version
 
 from ft_resources.environments import Environment, source_digest
 
-TRAINER = source_digest("ft_assets/training/trainer.py", "ft_assets/training/batching.py")
+MODULES = (
+    "attention",
+    "batching",
+    "body",
+    "distributed",
+    "examples",
+    "frozen",
+    "fused_lora",
+    "learners",
+    "runs",
+    "saving",
+    "trainer",
+    "vocabulary_loss",
+)
+TRAINER = source_digest("bento/conversation.py", *(f"ft_assets/training/{name}.py" for name in MODULES))
 """Digest of the trainer's source: other training code makes another adapter."""
 
 
 def environment_of_training(environment: Environment) -> dict[str, str]:
-    """Library versions, device, threads and processor family; of a pod, its image."""
+    """Library versions, device, processes, threads and processor family; of a pod, its image."""
+    processes = {"processes": str(environment.processes)}
     if environment.compute == "kubernetes":
-        return {"image": environment.image, "gpus": str(environment.gpus)}
+        return {"image": environment.image, "gpus": str(environment.gpus), **processes}
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")}
     return {
         **packages,
+        **processes,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": environment.device,

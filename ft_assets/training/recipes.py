@@ -9,18 +9,20 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from ft_assets.specs import Strict, YamlFile
-from ft_assets.tasks import Task
+from ft_assets.tasks import Task, Type
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
 from ft_resources.lake import digest_of
 
 
 class BaseSettings(Strict):
-    """The frozen model below the adapter."""
+    """The model below the adapter."""
 
-    model: str = Field(description="package:MODULE/FOLDER or a local folder in the transformers format.")
-    max_tokens: int = Field(128, ge=8, le=8192, description="Longer inputs are cut to this many tokens.")
-    pooling: Literal["mean", "cls"] = Field("mean", description="How token states become one vector.")
+    model: str = Field(description="package:MODULE/FOLDER, hub:ORG/NAME, a local folder, or a GGUF file.")
+    max_tokens: int = Field(128, ge=8, le=32768, description="Longer inputs are cut to this many tokens.")
+    pooling: Literal["mean", "cls", "last"] = Field(
+        "mean", description="How token states become one vector for a classifier; last suits decoders."
+    )
 
 
 class LoraSettings(Strict):
@@ -30,31 +32,59 @@ class LoraSettings(Strict):
     alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Layers that are adapted.")
+    top_layers: int | None = Field(
+        None, ge=1, description="Adapt only this many of the last layers; what is below is computed once and cached."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (Kalajdzievski, 2023).")
+    use_dora: bool = Field(False, description="Magnitude and direction apart (DoRA, Liu et al., 2024).")
 
 
 class TrainingSettings(Strict):
-    """The optimiser and its schedule."""
+    """The optimiser, its schedule and what it may use."""
 
     epochs: int = Field(2, ge=1, le=100, description="Passes over the training rows; the best by validation is kept.")
     batch_size: int = Field(16, ge=1, le=4096, description="Rows per optimiser step.")
+    micro_batch_tokens: int | None = Field(
+        None, ge=8, description="A step is computed in parts of at most this many tokens; the result stays the same."
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of the adapter weights (AdamW).")
     head_learning_rate: float = Field(5e-3, gt=0, le=1, description="Peak rate of the classification head.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Rate after the warm-up.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
-    warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of steps with rising rate; then linear decay.")
-    label_smoothing: float = Field(0.05, ge=0, lt=1, description="Label smoothing of the cross-entropy.")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising rate.")
+    label_smoothing: float = Field(0.05, ge=0, lt=1, description="Label smoothing of a classifier's cross-entropy.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     class_weighting: Literal["none", "balanced"] = Field("none", description="balanced: weight by inverse frequency.")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after this many epochs without a better validation score."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it.")
+    gradient_checkpointing: bool = Field(False, description="Less memory for about a third more time.")
+    checkpoint_minutes: float = Field(1, gt=0, description="Between two checkpoints within an epoch.")
     seed: int = Field(0, ge=0, description="Seed of initialisation and order.")
+
+
+class SpeedSettings(Strict):
+    """Switches of what makes training fast; each gives the same losses up to rounding."""
+
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Rows one after another without padding; auto: on CPUs, where the model allows it."
+    )
+    segment_attention: bool = Field(True, description="Own attention within packed rows; off: the library's, per row.")
+    fused_lora: bool = Field(True, description="One operation for a linear layer with its low-rank update.")
+    labelled_tokens_only: bool = Field(True, description="Vocabulary logits of the answer's tokens only.")
+    fused_cross_entropy: bool = Field(True, description="Loss and gradient of the vocabulary logits in slices.")
+    cache_frozen: bool = Field(True, description="Keep what the layers below lora.top_layers give for each row.")
 
 
 class Settings(Strict):
     """Everything a training run is told."""
 
+    method: Literal["lora", "full"] = Field("lora", description="full: every weight of the base model is trained.")
     base: BaseSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    speed: SpeedSettings = Field(default_factory=SpeedSettings)
 
 
 class Recipe(Strict):
@@ -63,7 +93,7 @@ class Recipe(Strict):
     name: str = Field(description="Name, as in NAME@VERSION.")
     version: int = Field(ge=1, description="A published version never changes.")
     description: str = Field("", description="One sentence for people.")
-    types: list[Literal["text-classification"]] = Field(min_length=1, description="Task types it trains.")
+    types: list[Type] = Field(min_length=1, description="Task types it trains.")
     settings: Settings
 
 

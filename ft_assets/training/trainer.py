@@ -1,39 +1,42 @@
-"""Training a LoRA classifier. Runs in the training worker only: this module imports torch.
+"""The training loop. Runs in training workers only: this module imports torch.
 
-The same rows, settings and seed give the same adapter bytes on the same machine: seeds are set before the model
-and the adapter are created, the batch order is seeded, and deterministic kernels are required.
+The same rows, settings and seed give the same adapter bytes on the same machine, interrupted or not: the seed is set
+before model and adapter are created, the order of rows is a function of seed and epoch, kernels are deterministic,
+and a checkpoint holds weights, optimiser moments, random state and the place in the data.
 """
 
-import copy
-import json
 import math
 import random
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from transformers import AutoModel, AutoTokenizer
 
-from bento.devices import pick_device, pick_dtype
-from ft_assets.evaluation.calibration import fit_temperature
-from ft_assets.training.batching import length_grouped
-from ft_assets.training.recipes import Settings
-from ft_resources.base_models import BaseModel
-from ft_resources.errors import TrainingError
+from ft_assets.training.batching import length_grouped, parts
+from ft_assets.training.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.distributed import World
+from ft_assets.training.examples import Example
+from ft_assets.training.learners import Learner
+from ft_assets.training.recipes import Settings, TrainingSettings
+from ft_resources.errors import OutOfMemory, TrainingError
+
+PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
+"""Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
+CACHE_SHARE = 0.25
+"""Largest share of the memory there is that cached activations may take."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Texts and the numbers of their labels."""
+class Interrupted(Exception):
+    """The process was asked to end; its state is saved and another one can go on."""
 
-    texts: list[str]
-    labels: list[int]
+
+class Pruned(Exception):
+    """Whoever watches the epochs wants no more of this run."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Step:
     loss: float
     learning_rate: float
     tokens: int
-    seconds: float
+    """Real tokens of this step."""
+    tokens_per_second: float
+    """Since this process began to train."""
+    eta_seconds: float
+    """Until the last epoch ends, validations not counted."""
 
 
 @dataclass
@@ -56,258 +63,334 @@ class History:
     loss: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
+    tokens: int = 0
+    """Real tokens trained on, padding not counted."""
     trainable_parameters: int = 0
     total_parameters: int = 0
 
 
-class Classifier(torch.nn.Module):
-    """Encoder, pooling and a linear head: logits = head(pool(states))."""
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: the learner holds the weights of the best epoch."""
 
-    def __init__(self, encoder: torch.nn.Module, hidden: int, labels: int, pooling: str) -> None:
-        super().__init__()
-        self.encoder, self.pooling = encoder, pooling
-        self.head = torch.nn.Linear(hidden, labels)
+    history: History
+    outputs: np.ndarray
+    """float32 [validation rows, outputs] of the best epoch."""
+    trace: torch.Tensor
+    """int64 [steps, trained tensors]: a checksum of every trained tensor after every step."""
+    names: list[str]
+    """Names of the trained tensors, in the trace's order."""
+    steps_now: int
+    """Steps of this process; fewer than the history's when it resumed."""
+    device: str
+    precision: str
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, labels] float32 of token ids [rows, tokens]."""
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        if self.pooling == "cls":
-            return self.head(states[:, 0])
-        weights = mask.unsqueeze(-1).float()
-        return self.head((states * weights).sum(1) / weights.sum(1))
+
+@dataclass
+class _Moment:
+    """Where a run stands."""
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    stale: int = 0
+    """Epochs since the best."""
+    seconds: float = 0.0
+    """Of the epoch under way."""
 
 
-def train(
-    rows: Rows,
-    validation: Rows,
-    labels: Sequence[str],
-    base: BaseModel,
-    settings: Settings,
-    folder: Path,
-    *,
-    describe: dict[str, Any],
-    device: str = "",
-    on_step: Callable[[Step], None],
-    on_epoch: Callable[[int, dict[str, float]], None],
-) -> History:
-    """Train an adapter and write it to `folder` in the platform's adapter layout.
+def seeded(seed: int, device: torch.device) -> None:
+    """Set every seed and require deterministic kernels: before the model is created."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+
+
+class Trainer:
+    """Trains what a learner holds on examples, and keeps the best epoch.
 
     Args:
-        describe: Further entries of `adapter.json`, such as task and origins of the settings.
-
-    Raises:
-        TrainingError: No rows, a label without rows, a loss that is not finite, or a missing device.
+        checkpoints: Where to save and resume; None for runs too short to be worth it.
+        memory: Bytes this process may use; None: no limit. Going over it is an `OutOfMemory`.
+        on_epoch: Told of every validation; raises `Pruned` to end the run.
     """
-    missing = [label for number, label in enumerate(labels) if number not in set(rows.labels)]
-    if not rows.texts or missing:
-        raise TrainingError(
-            f"there are no training rows for {missing or list(labels)}",
-            where=f"task {describe.get('task')}",
-            mend="Add labelled rows for them, or remove these labels from the task.",
+
+    def __init__(
+        self,
+        learner: Learner,
+        training: Sequence[Example],
+        validation: Sequence[Example],
+        settings: Settings,
+        *,
+        checkpoints: Checkpoints | None = None,
+        world: World | None = None,
+        memory: int | None = None,
+        on_step: Callable[[Step], None] = lambda step: None,
+        on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
+    ) -> None:
+        self.learner, self.training, self.validation = learner, training, validation
+        self.options: TrainingSettings = settings.training
+        self.checkpoints, self.memory = checkpoints, memory
+        self.world = world or World()
+        self.on_step, self.on_epoch = on_step, on_epoch
+        self.weights = learner.trained()
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=self.options.weight_decay, fused=True)
+        self.steps_per_epoch = math.ceil(len(training) / self.options.batch_size)
+        self.steps = self.options.epochs * self.steps_per_epoch
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.at = _Moment()
+        network = learner.body.network
+        self.history = History(
+            trainable_parameters=sum(weight.numel() for weight in self.weights.values()),
+            total_parameters=sum(weight.numel() for weight in network.parameters())
+            + sum(weight.numel() for name, weight in self.weights.items() if name.startswith("head.")),
         )
-    options = settings.training
-    where = pick_device(device)
-    bf16 = pick_dtype(options.precision, where) == torch.bfloat16
-    random.seed(options.seed)
-    np.random.seed(options.seed % 2**32)
-    torch.manual_seed(options.seed)
-    torch.use_deterministic_algorithms(True, warn_only=where.type != "cpu")
+        self._tokens_before = 0
+        self._trace: list[torch.Tensor] = []
+        self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
+        self._outputs = np.zeros((0, learner.outputs), dtype=np.float32)
 
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model = _classifier(base, settings, len(labels), bf16).to(where)
-    encoded = _tokenise(tokenizer, rows.texts, settings.base.max_tokens)
-    held_out = _tokenise(tokenizer, validation.texts, settings.base.max_tokens)
+    def run(self) -> Trained:
+        """Train to the end, or from where an earlier process stopped.
 
-    def forward(batch: list[list[int]]) -> torch.Tensor:
-        ids, mask = _pad(batch, where)
-        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-            logits: torch.Tensor = model(ids, mask)
-        return logits.float()
+        Raises:
+            TrainingError: The loss is not finite.
+            OutOfMemory: More memory is needed than there is.
+            Interrupted: SIGTERM came; the state is saved.
+        """
+        self._resume()
+        budget = int(CACHE_SHARE * self.memory) if self.memory else 2**33
+        self.learner.body.keep_lower([*self.training, *self.validation], budget)
+        began, first, self._tokens_before = time.perf_counter(), self.at.step, self.history.tokens
+        with _ends_politely() as asked:
+            while self.at.epoch <= self.options.epochs and not self._patience_is_over():
+                self._epoch(began, first, asked)
+        weights, outputs = self._best_weights()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(weights[name])
+        return Trained(
+            self.history,
+            outputs,
+            torch.stack(self._trace),
+            list(self.weights),
+            steps_now=len(self.history.loss) - first,
+            device=self.learner.body.device.type,
+            precision=str(self.learner.body.dtype).removeprefix("torch."),
+        )
 
-    adapted = [weight for weight in model.encoder.parameters() if weight.requires_grad]
-    groups = [
-        {"params": adapted, "lr": options.learning_rate},
-        {"params": list(model.head.parameters()), "lr": options.head_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-    steps = options.epochs * math.ceil(len(rows.texts) / options.batch_size)
-    warmup = max(1, round(steps * options.warmup_share))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-    )
-    criterion = torch.nn.CrossEntropyLoss(
-        weight=_class_weights(rows.labels, len(labels), options.class_weighting, where),
-        label_smoothing=options.label_smoothing,
-    )
-    history = History(
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
-    )
-    best: tuple[float, float] | None = None
-    best_weights: dict[str, torch.Tensor] = {}
-    best_logits = np.zeros((0, len(labels)), dtype=np.float32)
-    started, step = time.perf_counter(), 0
-    for epoch in range(1, options.epochs + 1):
-        model.train()
-        for batch in length_grouped([len(ids) for ids in encoded], options.batch_size, options.seed + epoch):
-            loss = criterion(
-                forward([encoded[row] for row in batch]),
-                torch.tensor([rows.labels[row] for row in batch], device=where),
-            )
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss became {value} at step {step + 1} of {steps}",
-                    where=f"task {describe.get('task')}",
-                    mend="Lower training.learning_rate or set training.precision to fp32.",
-                )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapted, options.max_grad_norm)
-            rate = float(schedule.get_last_lr()[0])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            history.loss.append(value)
-            on_step(
+    def _epoch(self, began: float, first: int, asked: Callable[[], bool]) -> None:
+        started, saved = time.perf_counter() - self.at.seconds, time.perf_counter()
+        self.learner.body.train()
+        lengths = [len(one.ids) for one in self.training]
+        batches = length_grouped(lengths, self.options.batch_size, self.options.seed + self.at.epoch)
+        for batch in batches[self.at.batch :]:
+            rows = [self.training[row] for row in batch]
+            rate = self._set_rate()
+            loss = self._step(rows)
+            self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
+            self.history.loss.append(loss)
+            tokens = sum(len(one.ids) for one in rows)
+            self.history.tokens += tokens
+            seen = self.history.tokens - self._tokens_before
+            self._trace.append(self._checksums())
+            now = time.perf_counter()
+            self.on_step(
                 Step(
-                    step,
-                    steps,
-                    epoch,
-                    value,
+                    self.at.step,
+                    self.steps,
+                    self.at.epoch,
+                    loss,
                     rate,
-                    sum(len(encoded[row]) for row in batch),
-                    time.perf_counter() - started,
+                    tokens,
+                    seen / (now - began),
+                    (now - began) / (self.at.step - first) * (self.steps - self.at.step),
                 )
             )
-        measured, logits = _measure(model, forward, held_out, validation.labels)
+            interrupted = self.world.agree(asked())
+            if interrupted or now - saved > self.options.checkpoint_minutes * 60:
+                self.at.seconds = now - started
+                self._save()
+                saved = now
+            if interrupted:
+                raise Interrupted(f"saved at step {self.at.step} of {self.steps}")
+        self._end_epoch(time.perf_counter() - started)
+
+    def _end_epoch(self, seconds: float) -> None:
+        outputs = self._outputs_on(self.validation)
+        measured = self.learner.measured(outputs, self.validation) if len(self.validation) else {"loss": 0.0}
+        score = self.learner.score(measured) if len(self.validation) else (float(self.at.epoch),)
+        history = self.history
+        earlier = history.validation[history.best_epoch - 1] if history.best_epoch else None
+        better = earlier is None or not len(self.validation) or score > self.learner.score(earlier)
         history.validation.append(measured)
-        on_epoch(epoch, measured)
-        score = (measured["macro_f1"], -measured["loss"])
-        if best is None or score > best:
-            best, best_logits, history.best_epoch = score, logits, epoch
-            best_weights = {
-                name: copy.deepcopy(w) for name, w in model.state_dict().items() if _is_trained(model, name)
+        if better:
+            history.best_epoch, self.at.stale = self.at.epoch, 0
+            self._best = {name: weight.detach().clone() for name, weight in self.weights.items()}, outputs
+        else:
+            self.at.stale += 1
+        self.at.epoch, self.at.batch, self.at.seconds = self.at.epoch + 1, 0, 0.0
+        self._outputs = outputs
+        self._save(epoch_seconds=seconds, best=better)
+        self.on_epoch(self.at.epoch - 1, measured)
+
+    def _step(self, rows: list[Example]) -> float:
+        """One optimiser step on `rows`, computed in parts; returns the loss."""
+        divisor = self.learner.weight(rows)
+        total = torch.zeros((), dtype=torch.float64)
+        for part in self._parts(rows):
+            try:
+                with self.learner.body.states(part) as states:
+                    loss = self.learner.loss(states, part) / divisor
+                    loss.backward()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise self._out_of_memory(part) from error
+            total += loss.detach().double().cpu()
+            if self.memory is not None and _peak_memory() > self.memory:
+                raise self._out_of_memory(part)
+        for weight in self.weights.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        self.world.sum([total, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
+        value = float(total)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss became {value} at step {self.at.step + 1} of {self.steps}",
+                where="training",
+                mend="Lower training.learning_rate or set training.precision to fp32.",
+            )
+        clipped = [weight for name, weight in self.weights.items() if not name.startswith("head.")]
+        torch.nn.utils.clip_grad_norm_(clipped, self.options.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    @torch.no_grad()
+    def _outputs_on(self, examples: Sequence[Example]) -> np.ndarray:
+        """float32 [rows, outputs] of `examples`, in their order."""
+        self.learner.body.eval()
+        outputs = torch.zeros(len(examples), self.learner.outputs)
+        place = {one.number: at for at, one in enumerate(examples)}
+        for part in self._parts(list(examples)):
+            with self.learner.body.states(part) as states:
+                outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
+        self.world.sum([outputs])
+        return outputs.numpy()
+
+    def _parts(self, rows: list[Example]) -> Iterator[list[Example]]:
+        """This process's share of `rows` in passes through the model."""
+        body = self.learner.body
+        budget = self.options.micro_batch_tokens or PART_TOKENS[body.device.type]
+        share = self.world.share(sorted(rows, key=lambda one: -len(one.ids)))
+        for part in parts([len(one.ids) for one in share], budget, padded=not body.packed):
+            yield [share[at] for at in part]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        heads = [weight for name, weight in self.weights.items() if name.startswith("head.")]
+        others = [weight for name, weight in self.weights.items() if not name.startswith("head.")]
+        groups = [{"params": others, "lr": self.options.learning_rate}]
+        return [*groups, {"params": heads, "lr": self.options.head_learning_rate}] if heads else groups
+
+    def _set_rate(self) -> float:
+        """The rate of the coming step: warm-up, then the schedule's fall. Returns that of the adapter's weights."""
+        warmup = max(1, round(self.steps * self.options.warmup_share))
+        step, left = self.at.step, max(1, self.steps - warmup)
+        fall = {
+            "linear": (self.steps - step) / left,
+            "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / left))),
+            "constant": 1.0,
+        }[self.options.schedule]
+        factor = min((step + 1) / warmup, max(0.0, fall), 1.0)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        return self._rates[0] * factor
+
+    def _patience_is_over(self) -> bool:
+        patience = self.options.early_stopping
+        return patience is not None and self.at.stale >= patience
+
+    def _checksums(self) -> torch.Tensor:
+        return torch.stack([weight.detach().view(torch.int32).sum() for weight in self.weights.values()]).cpu()
+
+    def _out_of_memory(self, part: Sequence[Example]) -> OutOfMemory:
+        device = self.learner.body.device
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            used = total - free
+        else:
+            used, total = _peak_memory(), self.memory or 0
+        tokens = sum(len(one.ids) for one in part)
+        return OutOfMemory(
+            f"a pass over {len(part)} rows ({tokens} tokens) needs more memory than there is",
+            used=used,
+            total=total,
+            where="training",
+            mend="Lower training.micro_batch_tokens or base.max_tokens, or set training.gradient_checkpointing.",
+        )
+
+    # -- saving and resuming ------------------------------------------------------------------------------------
+
+    def _save(self, *, epoch_seconds: float | None = None, best: bool = False) -> None:
+        if self.checkpoints is None or not self.world.leads:
+            return
+        state = self.optimizer.state
+        tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors |= {f"{moment}/{name}": state[weight][moment] for name, weight in self.weights.items()}
+        tensors |= {"trace": torch.stack(self._trace), "random/cpu": torch.get_rng_state()}
+        tensors["outputs"] = torch.from_numpy(self._outputs)
+        if self.learner.body.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        snapshot = Snapshot({**asdict(self.at), "history": asdict(self.history)}, tensors)
+        self.checkpoints.save(snapshot, epoch_seconds=epoch_seconds, best=best)
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        snapshot = self.checkpoints.latest() if self.checkpoints else None
+        if snapshot is None:
+            return
+        progress = dict(snapshot.progress)
+        self.history = History(**progress.pop("history"))
+        self.at = _Moment(**progress)
+        tensors = snapshot.tensors
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[f"weight/{name}"])
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(float(self.at.step)),
+                **{moment: tensors[f"{moment}/{name}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")},
             }
-    model.load_state_dict(best_weights, strict=False)
-    temperature = fit_temperature(best_logits, np.array(validation.labels)) if validation.labels else 1.0
-    _save(model, labels, base, settings, history, temperature, folder, describe)
-    return history
+        self._trace = list(tensors["trace"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+
+    def _best_weights(self) -> tuple[Mapping[str, torch.Tensor], np.ndarray]:
+        if self._best is not None:
+            return self._best
+        assert self.checkpoints is not None  # the best epoch was before this process began
+        tensors = self.checkpoints.best().tensors
+        return {name: tensors[f"weight/{name}"] for name in self.weights}, tensors["outputs"].numpy()
 
 
-def _classifier(base: BaseModel, settings: Settings, labels: int, bf16: bool) -> Classifier:
-    lora = settings.lora
-    encoder = AutoModel.from_pretrained(
-        base.path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        attn_implementation="eager",  # the fused kernel's backward pass is the slower one on CPU
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=["pooler.dense"],  # not on the way from the states to the head
-        use_rslora=lora.use_rslora,
-    )
+@contextmanager
+def _ends_politely() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came inside this block: the step under way is finished first."""
+    came: list[int] = []
     try:
-        adapted = get_peft_model(encoder, config)
-    except ValueError as error:
-        raise TrainingError(
-            f"the adapter does not fit the base model: {error}",
-            where="lora.target_modules",
-            mend="Name linear layers of the base model, or use all-linear.",
-        ) from error
-    return Classifier(adapted, encoder.config.hidden_size, labels, settings.base.pooling)
+        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    except ValueError:  # not the main thread: nobody sends it signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _tokenise(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-    return encoded
+def _peak_memory() -> int:
+    """Bytes of memory this process held at most."""
+    import resource
+    import sys
 
-
-def _pad(batch: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, batch))
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _class_weights(labels: list[int], count: int, weighting: str, device: torch.device) -> torch.Tensor | None:
-    if weighting == "none":
-        return None
-    frequency = torch.bincount(torch.tensor(labels), minlength=count).float()
-    return (len(labels) / (count * frequency)).to(device)
-
-
-@torch.no_grad()
-def _measure(
-    model: Classifier, forward: Callable[[list[list[int]]], torch.Tensor], encoded: list[list[int]], labels: list[int]
-) -> tuple[dict[str, float], np.ndarray]:
-    """Validation loss, accuracy and macro-F1, and the logits [rows, labels] they come from."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    classes = model.head.out_features
-    logits = np.zeros((len(encoded), classes), dtype=np.float32)
-    if not encoded:
-        return {"loss": 0.0, "accuracy": 0.0, "macro_f1": 0.0}, logits
-    model.eval()
-    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
-        logits[rows] = forward([encoded[row] for row in rows]).cpu().numpy()
-    predicted = logits.argmax(1)
-    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.tensor(labels))
-    return {
-        "loss": float(loss),
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, labels=range(classes), average="macro", zero_division=0)),
-    }, logits
-
-
-def _is_trained(model: Classifier, name: str) -> bool:
-    return "lora_" in name or name.startswith("head.")
-
-
-def _save(
-    model: Classifier,
-    labels: Sequence[str],
-    base: BaseModel,
-    settings: Settings,
-    history: History,
-    temperature: float,
-    folder: Path,
-    describe: dict[str, Any],
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.encoder.float().save_pretrained(folder)  # type: ignore[operator]
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = base.reference
-    config["target_modules"] = sorted(config["target_modules"])  # peft keeps a set, whose order is not stable
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the model card is the registry's
-    save_file(
-        {k: v.detach().float().cpu().contiguous() for k, v in model.head.state_dict().items()},
-        folder / "head.safetensors",
-    )
-    adapter = {
-        "format": 1,
-        "type": "text-classification",
-        "labels": list(labels),
-        "base": {"model": base.reference, "digest": base.digest},
-        "max_tokens": settings.base.max_tokens,
-        "pooling": settings.base.pooling,
-        "temperature": temperature,
-        "settings": settings.model_dump(),
-        **describe,
-    }
-    (folder / "adapter.json").write_text(json.dumps(adapter, indent=1, sort_keys=True, ensure_ascii=False))
-    (folder / "training.json").write_text(json.dumps(asdict(history), indent=1, sort_keys=True))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

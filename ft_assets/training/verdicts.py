@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from ft_assets.data.verdicts import Verdict
+from ft_assets.data.forms import Verdict
 
 
 def of_adapter(history: Mapping[str, Any], validation: pd.DataFrame) -> dict[str, Verdict]:

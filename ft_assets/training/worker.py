@@ -1,85 +1,128 @@
-"""The training process: `python -m ft_assets.training.worker`, launched through Dagster Pipes."""
+"""The training process: `python -m ft_assets.training.worker`, launched through Dagster Pipes.
 
-import os
+Several of them, which train one adapter together, are started by torchrun.
+"""
+
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ft_assets.data.assembly import split_rows
+from ft_assets.training.failures import RESOURCES, failure_of, results_folder, write_results
 from ft_assets.training.recipes import Settings
-from ft_assets.worker import Progress, serve
+from ft_assets.training.reporting import Log, Reporter, expected_device
+from ft_assets.worker import Progress, is_leader, serve
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.lake import Lake
+from ft_resources.provenance import provenance
 from ft_resources.tracking import TrackedRun
+from ft_resources.usage import Meter
 
 
 def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Train the adapter that `job` describes, publish it to the lake and close its MLflow run."""
-    progress("loading torch, transformers and the base model", force=True)
-    with ThreadPoolExecutor(1) as pool:  # the tracker's imports are slow too: overlap the two
-        opening = pool.submit(TrackedRun, job["mlflow"], job["task"], job["run_name"], job["tags"])
-        import torch
+    """Train the adapter that `job` describes, publish it to the lake and close its MLflow run.
 
-        from ft_assets.training.trainer import Rows, Step, train
-
-        tracked = opening.result()
-    torch.set_num_threads(os.cpu_count() or 1)
-    lake = Lake(job["lake"])
-    settings = Settings.model_validate(job["settings"])
-    numbers = {label: number for number, label in enumerate(job["labels"])}
-    training, validation = (
-        Rows(frame["text"].tolist(), [numbers[label] for label in frame["label"]])
-        for frame in (split_rows(lake, job[split]) for split in ("train_split", "validation_split"))
-    )
-    tracked.params({**_flat(settings.model_dump()), "rows": len(training.texts), "template": job["template"]})
-
-    def on_step(step: Step) -> None:
-        tracked.metrics({"loss": step.loss, "learning_rate": step.learning_rate, "tokens": step.tokens}, step.step)
-        left = step.seconds / step.step * (step.steps - step.step)
-        progress(f"step {step.step}/{step.steps}, epoch {step.epoch}, loss {step.loss:.3f}, about {left:.0f} s left")
-
-    def on_epoch(epoch: int, measured: dict[str, float]) -> None:
-        tracked.metrics({f"validation_{name}": value for name, value in measured.items()}, epoch)
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-        progress(f"epoch {epoch} on {len(validation.texts)} validation rows: {figures}", force=True)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "adapter"
+    Of several processes that train together the first reports, tracks and publishes.
+    """
+    log = Log(progress)
+    if not is_leader():
+        return _train(job, None, log)
+    log.say("loading torch, transformers and the base model", force=True)
+    environment, started = Environment.read(), datetime.now(UTC)
+    folder = results_folder(environment, job["made_from"]["task"], job["run_name"])
+    about = {"config": job["made_from"]["settings"], "origins": job["origins"], "curve": None}
+    with Meter(device=expected_device(environment), file=folder / RESOURCES, warn=log.warn) as meter:
+        tracked: TrackedRun | None = None
         try:
-            history = train(
-                training,
-                validation,
-                job["labels"],
-                resolve(settings.base.model),
-                settings,
+            with ThreadPoolExecutor(1) as pool:  # the tracker's imports are slow too: overlap the two
+                opening = pool.submit(
+                    TrackedRun, job["mlflow"], job["made_from"]["task"], job["run_name"], job["tags"], live=meter.now
+                )
+                import ft_assets.training.runs  # noqa: F401
+
+                tracked = opening.result()
+            report = _train(job, tracked, log)
+        except BaseException as error:
+            if tracked:
+                tracked.finish("FAILED")
+            write_results(
                 folder,
-                describe={key: job[key] for key in ("task", "template", "origins", "preparation")},
-                device=Environment.read().device,
-                on_step=on_step,
-                on_epoch=on_epoch,
+                **about,
+                metrics={},
+                log=log.lines,
+                usage=meter.total(),
+                provenance=provenance(),
+                failure=failure_of(error),
             )
-            artefact = lake.publish("adapter", folder, job["made_from"])
-        except BaseException:
-            tracked.finish("FAILED")
             raise
-        tracked.finish("FINISHED", folder, {"adapter": artefact.digest})
+    usage, made_on = meter.total(), provenance()
+    metrics = {**report["history"]["validation"][-1], "loss_last_step": report["history"]["loss"][-1]}
+    write_results(folder, **about, metrics=metrics, log=log.lines, usage=usage, provenance=made_on)
     return {
-        "adapter": artefact.digest,
+        **report,
         "mlflow_run": tracked.run_id,
         "mlflow_experiment": tracked.experiment_id,
-        "history": asdict(history),
+        "usage": asdict(usage),
+        "provenance": made_on,
+        "results": str(folder),
+        "started": started.isoformat(),
+        "ended": datetime.now(UTC).isoformat(),
     }
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
+def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict[str, Any]:
+    from ft_assets.training.checkpoints import Checkpoints
+    from ft_assets.training.distributed import World
+    from ft_assets.training.runs import exactness, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
+
+    environment, made, lake, world = Environment.read(), job["made_from"], Lake(job["lake"]), World.join()
+    use_cores(world)
+    settings = Settings.model_validate(made["settings"])
+    base = resolve(settings.base.model)
+    rows = task_rows(lake, made)
+    data = tokenise(rows, base, settings.base.max_tokens)
+    reporter = Reporter(tracked, log, job, settings, data)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        trained = fit(
+            rows,
+            data,
+            base,
+            settings,
+            folder,
+            describe={
+                "task": made["task"],
+                "template": job["template"],
+                "origins": job["origins"],
+                "preparation": made["preparation"],
+                "exactness": exactness(environment.device),
+            },
+            device=environment.device,
+            checkpoints=Checkpoints(lake, made["task"], job["key"], fallback=job["resume"]),
+            world=world,
+            memory=memory_of(environment),
+            on_step=reporter.step,
+            on_epoch=reporter.epoch,
+        )
+        history = asdict(trained.history)
+        if not world.leads:
+            return {"history": history}
+        artefact = lake.publish("adapter", folder, made)
+        publish_trace(lake, artefact.digest, trained)
+        if tracked:
+            tracked.finish("FINISHED", folder, {"adapter": artefact.digest})
+    return {
+        "adapter": artefact.digest,
+        "history": history,
+        "steps_now": trained.steps_now,
+        "device": trained.device,
+        "precision": trained.precision,
+        "rows": len(data.training.examples),
+    }
 
 
 if __name__ == "__main__":

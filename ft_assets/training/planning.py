@@ -1,0 +1,621 @@
+"""What a training will take before it runs: tokens, memory, time and money, for LoRA and full fine-tuning alike."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ft_assets.data.assembly import split_rows
+from ft_assets.data.cleaning import clean
+from ft_assets.data.forms import form_of
+from ft_assets.data.sources import read_sources
+from ft_assets.tasks import Task
+from ft_assets.training.cost_model import (
+    CONFIDENCE,
+    Calibration,
+    Counts,
+    Interval,
+    Observation,
+    Rates,
+    calibrate,
+    rates,
+)
+from ft_assets.training.identity import TRAINER, environment_of_training
+from ft_assets.training.jobs import SPLITS, inputs_of
+from ft_assets.training.prices import CPU, hourly_price
+from ft_assets.training.recipes import Resolved, Settings, resolve
+from ft_assets.training.reporting import expected_device
+from ft_resources.base_models import resolve as resolve_base
+from ft_resources.environments import REPOSITORY, Environment, source_digest
+from ft_resources.errors import ArtefactError, FtError, SpecError, TrainingError
+from ft_resources.lake import Lake, digest_of, short
+from ft_resources.ledger import Ledger
+from ft_resources.usage import usable_cores
+
+MOST_ROWS = 20_000
+"""More training rows than this are counted by a sample."""
+RECORDED_ROWS = 2_000
+RECORDED_RUNS = 8
+"""Recorded runs that a plan is calibrated on, at most."""
+WORKER = "ft_assets.training.plan_worker"
+PLANNER = source_digest("ft_assets/training/cost_model.py", "ft_assets/training/plan_worker.py")
+SAME_MACHINE = ("machine", "threads", "processes", "image", "gpus")
+TRUNCATED_SHARE = 0.05
+"""From this share of cut rows on, the plan advises more tokens."""
+SMALLEST_PART = 4096
+"""Tokens of a pass where `training.micro_batch_tokens` says nothing: the least that the trainer uses on any device."""
+METHODS = ("lora", "full")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one training computes. Sizes in bytes; counts of operations as `cost_model.Counts`."""
+
+    rows: int
+    """Training rows that are trained on."""
+    counted_rows: int
+    """Rows that were tokenised; fewer than there are: the other figures are scaled up."""
+    validation_rows: int
+    tokens_per_epoch: int
+    truncated_share: float
+    """Of the rows: longer than `base.max_tokens`."""
+    dropped: int
+    """Rows of which no answer would be left."""
+    longest: int
+    """Tokens of the longest row before it is cut."""
+    steps: int
+    trained_parameters: int
+    head_parameters: int
+    total_parameters: int
+    weight_bytes: float
+    """The base model in memory."""
+    file_bytes: float
+    """Its files, which are mapped while it is loaded."""
+    created_bytes: float
+    """Most bytes of activations, gradients, moments and copies of trained weights at one time."""
+    once: Counts
+    """Done once, before the first epoch."""
+    epoch: Counts
+    """Done in each epoch, validation included."""
+    precision: str
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Workload":
+        """From what `plan_worker` writes."""
+        return cls(**{**values, "once": Counts(**values["once"]), "epoch": Counts(**values["epoch"])})
+
+    def work(self, epochs: float) -> Counts:
+        return self.once + self.epoch.times(epochs)
+
+    def memory(self, baseline: float) -> float:
+        """Peak in a process that has `baseline` bytes before it loads the model; 0: of a GPU, which maps no files."""
+        held = self.weight_bytes + self.created_bytes
+        return baseline + max(held, self.weight_bytes + self.file_bytes) if baseline else held
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `plan_worker` found."""
+
+    device: str
+    device_name: str
+    memory: int
+    """Bytes there are."""
+    start_seconds: float
+    """From the start of a worker to the first tokens."""
+    baseline_bytes: float
+    """Of a worker before it loads the model; 0 where the device has its own memory."""
+    workloads: list[Workload]
+    rates: Rates
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One way of training. Times in seconds, sizes in 1e6 bytes (MB)."""
+
+    method: str
+    chosen: bool
+    """Whether the task asks for it."""
+    trained_parameters: int
+    total_parameters: int
+    trained_share: float
+    result_mb: float
+    """Of the weights that are written."""
+    memory_mb: Interval
+    fits: bool
+    """Whether the expected peak is within the memory there is."""
+    seconds: Interval
+    core_hours: Interval
+    gpu_hours: Interval
+    cost: Interval | None
+    """In the plan's currency; None without a price for the device."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training of a task will take."""
+
+    task: str
+    base: str
+    device: str
+    precision: str
+    rows_from: str
+    """Where the rows were taken from."""
+    rows: int
+    validation_rows: int
+    counted_rows: int
+    tokens_per_epoch: int
+    epochs: int
+    tokens: int
+    """Over all epochs, without padding."""
+    steps: int
+    max_tokens: int
+    truncated_share: float
+    longest: int
+    dropped: int
+    memory_mb: float
+    """There is."""
+    methods: list[MethodPlan]
+    calibration: str
+    currency: str
+    advice: list[str]
+
+    @property
+    def chosen(self) -> MethodPlan:
+        """The task's own method."""
+        return next(one for one in self.methods if one.chosen)
+
+    def json(self) -> str:
+        """Everything above, intervals as `{expected, low, high}`."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    training: pd.DataFrame
+    validation: pd.DataFrame
+    training_rows: int
+    """Of the whole split; `training` may be a sample."""
+    validation_rows: int
+    origin: str
+
+
+def plan(lake: Lake, ledger: Ledger, environment: Environment, task: Task, resolved: Resolved | None = None) -> Plan:
+    """Plan the training of `task` on this machine; takes some ten seconds, nearly all of it a worker's imports.
+
+    Args:
+        resolved: Settings to plan for; default: those of the task file.
+
+    Raises:
+        SpecError: The recipe, an override or the base model is wrong.
+        SourceError: There is no split yet and a source cannot be read.
+        TrainingError: A label has no rows, no answer fits, or the settings do not fit the base model.
+    """
+    settings = (resolved or resolve(task)).settings
+    rows = _rows(lake, ledger, environment, task)
+    recorded = _recorded(lake, ledger, environment, settings)
+    methods = [settings.method, *(method for method in METHODS if method != settings.method)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        runs = [
+            _run(folder, task_made(task), settings.model_copy(update={"method": method}), rows, timed=at == 0)
+            for at, method in enumerate(methods)
+        ]
+        for one in recorded:
+            if one.workload is None:
+                made = one.made_from
+                sample = _sample_of_splits(lake, {split: made[split] for split in SPLITS}, RECORDED_ROWS)
+                runs.append(_run(folder, made, Settings.model_validate(made["settings"]), sample, timed=False))
+        measured = measure(runs, environment, folder)
+    fresh = iter(measured.workloads[len(methods) :])
+    observations = []
+    for one in recorded:
+        workload = one.workload or _kept(one.cache, next(fresh))
+        if workload.precision == measured.workloads[0].precision:
+            observations.append(one.observation(workload, measured))
+    calibration = calibrate(observations, measured.start_seconds)
+    return _plan(task, settings, environment, rows, methods, measured, calibration, _qualities(ledger, task))
+
+
+def task_made(task: Task) -> dict[str, Any]:
+    """The parts of what an adapter is made from that say how its rows are read."""
+    spec = task.spec
+    fields = {name: field.model_dump(mode="json") for name, field in spec.fields.items()}
+    return {"type": spec.type, "labels": spec.labels, "fields": fields, "instruction": spec.instruction}
+
+
+def measure(runs: Sequence[Mapping[str, Any]], environment: Environment, folder: Path) -> Measured:
+    """Let a worker count what `runs` compute, in a process of its own; see `plan_worker.measure`.
+
+    Raises:
+        TrainingError: The worker refused, or died.
+    """
+    job, result = folder / "job.json", folder / "result.json"
+    memory = int(environment.memory_gb * 1e9) if environment.memory_gb else None
+    job.write_text(json.dumps({"device": environment.device, "memory": memory, "runs": runs}), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", WORKER, str(job), str(result)],
+        cwd=REPOSITORY,
+        env={**_variables(), **environment.variables()},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if "error" in found:
+        raise TrainingError(**found["error"])
+    if done.returncode != 0:
+        raise TrainingError(
+            f"the training could not be measured (status {done.returncode}): {done.stderr.strip()[-500:]}",
+            where="plan",
+            mend="Check that the base model fits into memory and that its settings are right.",
+        )
+    timed = [(Counts(**one["counts"]), float(one["seconds"])) for one in found["timed"]]
+    return Measured(
+        found["device"],
+        found["device_name"],
+        found["memory"],
+        found["start_seconds"],
+        found["baseline_bytes"],
+        [Workload.read(one) for one in found["workloads"]],
+        rates(timed),
+    )
+
+
+def _variables() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def _run(folder: Path, made: Mapping[str, Any], settings: Settings, rows: _Rows, *, timed: bool) -> dict[str, Any]:
+    """The entry of a worker's job; rows are written to `folder` once."""
+    files = {}
+    for name, frame in (("training", rows.training), ("validation", rows.validation)):
+        files[name] = str(folder / f"{name}-{id(frame)}.parquet")
+        if not Path(files[name]).exists():
+            frame[["text", "label"]].to_parquet(files[name], index=False)
+    return {
+        **{name: made[name] for name in ("labels", "fields", "instruction")},
+        **files,
+        "kind": made["type"],
+        "settings": settings.model_dump(mode="json"),
+        "rows": rows.training_rows,
+        "validation_rows": rows.validation_rows,
+        "timed": timed,
+    }
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(lake: Lake, ledger: Ledger, environment: Environment, task: Task) -> _Rows:
+    """The task's rows: of its splits, or before there are any, of its sources, cleaned."""
+    if all(lake.head(task.name, split) for split in SPLITS):
+        return _sample_of_splits(lake, inputs_of(lake, task), MOST_ROWS)
+    raw = read_sources(task.spec, task.path.parent, environment.packages, lambda: ledger.feedback_rows(task.name))
+    sampled = raw.sample(min(len(raw), MOST_ROWS), random_state=0)
+    kept = clean(sampled.reset_index(drop=True), task.spec.cleaning, form_of(task.spec)).kept
+    kept = kept.sample(frac=1, random_state=0)
+    share, validation = len(raw) / max(1, len(sampled)), task.spec.split.validation
+    at = max(1, round(len(kept) * validation)), round(len(kept) * (validation + task.spec.split.test))
+    return _Rows(
+        _with_every_label(kept[at[1] :], kept),
+        kept[: at[0]],
+        round((len(kept) - at[1]) * share),
+        round(at[0] * share),
+        "sources, divided as they will be",
+    )
+
+
+def _sample_of_splits(lake: Lake, inputs: Mapping[str, str], most: int) -> _Rows:
+    training, validation = (split_rows(lake, inputs[split]) for split in SPLITS)
+    return _Rows(
+        _with_every_label(training.sample(min(len(training), most), random_state=0), training),
+        validation.sample(min(len(validation), most), random_state=0),
+        len(training),
+        len(validation),
+        f"train_split {short(inputs['train_split'])}",
+    )
+
+
+def _with_every_label(sample: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """A sample may miss a rare label, without which nothing can be trained; answers of a conversation are free."""
+    absent = rows[~rows["label"].isin(set(sample["label"]))].drop_duplicates("label")
+    return sample if len(sample) == len(rows) else pd.concat([sample, absent.head(1000)])
+
+
+# -- recorded runs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    made_from: Mapping[str, Any]
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    peak_gpu_bytes: int
+    same_base: bool
+    cache: Path
+    workload: Workload | None
+    """As an earlier plan found it."""
+
+    def observation(self, workload: Workload, measured: Measured) -> Observation:
+        counts = workload.work(self.tokens / max(1, workload.tokens_per_epoch))
+        return Observation(
+            self.same_base,
+            measured.rates.seconds(counts),
+            self.seconds,
+            workload.memory(measured.baseline_bytes),
+            self.peak_bytes if measured.baseline_bytes else self.peak_gpu_bytes,
+        )
+
+
+def _recorded(lake: Lake, ledger: Ledger, environment: Environment, settings: Settings) -> list[_Recorded]:
+    """The newest comparable runs, of the same base model first, each way of training once."""
+    runs = ledger.training_runs(status="FINISHED")
+    base, device = resolve_base(settings.base.model).digest, expected_device(environment)
+    runs = runs[runs["device"] == device].dropna(subset=["tokens", "wall_seconds", "peak_memory_bytes", "adapter"])
+    runs = runs.drop_duplicates("trained_from").assign(same=lambda frame: frame["base_digest"] == base)
+    runs = runs.sort_values("same", ascending=False, kind="stable")
+    found: list[_Recorded] = []
+    for run in runs.to_dict("records"):
+        made = _comparable(lake, environment, run["adapter"])
+        if made is None:
+            continue
+        cache = environment.home / "plans" / f"{digest_of([run['trained_from'], TRAINER, PLANNER])}.json"
+        found.append(
+            _Recorded(
+                made,
+                int(run["tokens"]),
+                float(run["wall_seconds"]),
+                int(run["peak_memory_bytes"]),
+                int(run["peak_gpu_memory_bytes"] or 1),
+                bool(run["same"]),
+                cache,
+                Workload.read(json.loads(cache.read_text(encoding="utf-8"))) if cache.exists() else None,
+            )
+        )
+        if len(found) == RECORDED_RUNS:
+            break
+    return found
+
+
+def _comparable(lake: Lake, environment: Environment, adapter: str) -> Mapping[str, Any] | None:
+    """What the adapter of a recorded run was made from; None if it was made elsewhere or is there no more."""
+    try:
+        made = lake.open(adapter).made_from
+        resolve_base(made["settings"]["base"]["model"])
+        for split in SPLITS:
+            lake.open(lake.open(made[split]).made_from["clean_dataset"])
+    except (ArtefactError, SpecError):
+        return None
+    here = environment_of_training(environment)
+    there = made["environment"]
+    return made if all(here.get(name) == there.get(name) for name in SAME_MACHINE) else None
+
+
+def _kept(file: Path, workload: Workload) -> Workload:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".new")
+    aside.write_text(json.dumps(asdict(workload)), encoding="utf-8")
+    aside.replace(file)
+    return workload
+
+
+def _qualities(ledger: Ledger, task: Task) -> dict[str, float]:
+    """Best validation figure of each method so far: accuracy, or of answers the negated loss."""
+    runs = ledger.training_runs(task.name, status="FINISHED")
+    score = runs["accuracy"] if task.spec.type == "text-classification" else -runs["loss"]
+    best = score.dropna().groupby(runs["method"]).max()
+    return {str(method): float(value) for method, value in best.items()}
+
+
+# -- the plan -----------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    task: Task,
+    settings: Settings,
+    environment: Environment,
+    rows: _Rows,
+    methods: Sequence[str],
+    measured: Measured,
+    calibration: Calibration,
+    qualities: Mapping[str, float],
+) -> Plan:
+    own = measured.workloads[0]
+    gpu = measured.device == "cuda"
+    remarks: list[str] = []
+    price, currency = None, ""
+    try:
+        found = hourly_price(measured.device_name if gpu else CPU, environment.prices)
+        price, currency = found.amount, found.currency
+    except SpecError as error:
+        remarks.append(f"No cost: {error}")
+    planned = []
+    for method, workload in zip(methods, measured.workloads, strict=False):
+        seconds = calibration.seconds(measured.rates.seconds(workload.work(settings.training.epochs)))
+        memory = calibration.memory(workload.memory(measured.baseline_bytes))
+        cores = seconds.times(usable_cores() / 3600)
+        gpus = seconds.times(float(gpu) / 3600)
+        written = workload.trained_parameters if method == "lora" else workload.total_parameters
+        planned.append(
+            MethodPlan(
+                method,
+                method == settings.method,
+                workload.trained_parameters,
+                workload.total_parameters,
+                workload.trained_parameters / workload.total_parameters,
+                written * 4 / 1e6,
+                memory.times(1e-6),
+                memory.expected <= measured.memory,
+                seconds,
+                cores,
+                gpus,
+                None if price is None else (gpus if gpu else cores).times(price),
+            )
+        )
+    planned.sort(key=lambda one: METHODS.index(one.method))
+    if environment.compute == "kubernetes":
+        remarks.append("Training runs in a pod; these figures are for the machine that planned.")
+    return Plan(
+        task=task.name,
+        base=settings.base.model,
+        device=measured.device_name,
+        precision=own.precision,
+        rows_from=rows.origin,
+        rows=own.rows,
+        validation_rows=own.validation_rows,
+        counted_rows=own.counted_rows,
+        tokens_per_epoch=own.tokens_per_epoch,
+        epochs=settings.training.epochs,
+        tokens=own.tokens_per_epoch * settings.training.epochs,
+        steps=own.steps,
+        max_tokens=settings.base.max_tokens,
+        truncated_share=own.truncated_share,
+        longest=own.longest,
+        dropped=own.dropped,
+        memory_mb=measured.memory / 1e6,
+        methods=planned,
+        calibration=_calibrated_on(calibration, measured),
+        currency=currency,
+        advice=[*_advice(task, settings, own, planned, qualities), *remarks],
+    )
+
+
+def _calibrated_on(calibration: Calibration, measured: Measured) -> str:
+    if not calibration.runs:
+        return f"Not calibrated yet: computed from a few steps measured on {measured.device_name} just now."
+    runs = f"{calibration.runs} recorded run{'s' * (calibration.runs > 1)}"
+    return f"Calibrated on {runs} on {measured.device}; intervals hold {CONFIDENCE:.0%}."
+
+
+def _advice(
+    task: Task, settings: Settings, own: Workload, planned: Sequence[MethodPlan], qualities: Mapping[str, float]
+) -> Iterator[str]:
+    lora, full = planned
+    figure = "accuracy" if task.spec.type == "text-classification" else "loss"
+    if len(qualities) > 1:
+        better = max(qualities, key=lambda method: qualities[method])
+        shown = ", ".join(f"{method} {abs(value):.3f}" for method, value in sorted(qualities.items()))
+        yield f"Use {better}: best validation {figure} so far is {shown}."
+    elif not full.fits:
+        yield "Use lora: full fine-tuning is expected to need more memory than there is."
+    else:
+        yield (
+            f"Use lora unless its quality falls short: full fine-tuning takes {_ratio(full.seconds, lora.seconds)} the "
+            f"time and {_ratio(full.memory_mb, lora.memory_mb)} the memory; no run of both has been recorded yet."
+        )
+    if own.truncated_share > TRUNCATED_SHARE:
+        yield (
+            f"{own.truncated_share:.0%} of the rows are cut at base.max_tokens {settings.base.max_tokens}: raise it; "
+            f"the longest row has {own.longest} tokens."
+        )
+    if own.dropped:
+        yield f"{own.dropped:,} rows are dropped, for their question alone fills base.max_tokens: raise it."
+    if not next(one for one in planned if one.chosen).fits:
+        yield (
+            "The memory there is will hardly do: lower training.micro_batch_tokens or base.max_tokens, or set "
+            "training.gradient_checkpointing."
+        )
+    if task.spec.search.trials > 1:
+        yield f"The figures are for one training; the search adds up to {task.spec.search.trials} trials."
+
+
+def _ratio(one: Interval, other: Interval) -> str:
+    return f"{one.expected / other.expected:.1f} times"
+
+
+# -- after out of memory ------------------------------------------------------------------------------------------
+
+
+def relieved(settings: Settings, longest_tokens: int, rows: int) -> dict[str, int | bool]:
+    """Settings to change, by dotted path, after a training ran out of memory; the batch stays what it is.
+
+    Passes are halved down to the longest row, then activations are recomputed in place of kept.
+
+    Args:
+        longest_tokens: Tokens of the longest row that is trained on.
+        rows: Training rows.
+
+    Raises:
+        TrainingError: Neither is left to change.
+    """
+    training = settings.training
+    longest = max(8, min(longest_tokens, settings.base.max_tokens))
+    budget = min(training.micro_batch_tokens or SMALLEST_PART, min(training.batch_size, rows) * longest)
+    if budget > longest:
+        return {"training.micro_batch_tokens": max(longest, budget // 2)}
+    if not training.gradient_checkpointing:
+        return {"training.gradient_checkpointing": True}
+    raise TrainingError(
+        "one row at a time with recomputed activations still needs more memory than there is",
+        where="training",
+        mend=f"Lower base.max_tokens ({settings.base.max_tokens}) or lora.rank ({settings.lora.rank}), "
+        + ("set method to lora, " if settings.method == "full" else "set lora.top_layers, ")
+        + "or choose a smaller base.model.",
+    )
+
+
+# -- for people ---------------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan as a table with both methods side by side, and lines below it."""
+    table = Table(title=f"Plan: {plan.task}", title_justify="left")
+    table.add_column("")
+    for one in plan.methods:
+        table.add_column(f"{one.method} (this task)" if one.chosen else one.method, justify="right")
+    price = f"cost ({plan.currency})"
+    for name, cells in (
+        ("trained parameters", [f"{one.trained_parameters:,} ({one.trained_share:.2%})" for one in plan.methods]),
+        ("result on disk", [f"{one.result_mb:,.1f} MB" for one in plan.methods]),
+        ("peak memory", [_memory(one) for one in plan.methods]),
+        ("time", [_between(one.seconds, _duration) for one in plan.methods]),
+        ("core hours", [_between(one.core_hours, _amount) for one in plan.methods]),
+        ("GPU hours", [_between(one.gpu_hours, _amount) for one in plan.methods]),
+        (price, [_between(one.cost, _amount) if one.cost else "no price" for one in plan.methods]),
+    ):
+        if name != "GPU hours" or plan.chosen.gpu_hours.expected:
+            table.add_row(name, *cells)
+    sampled = f" (by a sample of {plan.counted_rows:,})" if plan.counted_rows < plan.rows + plan.dropped else ""
+    lines = [
+        f"{plan.rows:,} training and {plan.validation_rows:,} validation rows from {plan.rows_from}{sampled}",
+        f"{plan.tokens_per_epoch:,} tokens an epoch, {plan.tokens:,} in {plan.epochs} epochs of {plan.steps:,} steps in "
+        f"all; {plan.truncated_share:.1%} of rows cut to {plan.max_tokens} tokens, the longest has {plan.longest:,}; "
+        f"{plan.dropped:,} dropped",
+        f"{plan.base} on {plan.device} in {plan.precision}, {plan.memory_mb / 1e3:,.1f} GB of memory",
+        plan.calibration,
+    ]
+    return Group(table, *map(Text, lines), *(Text(f"-> {line}", style="bold") for line in plan.advice))
+
+
+def _between(interval: Interval, show: Any) -> str:
+    return f"{show(interval.expected)} ({show(interval.low)} to {show(interval.high)})"
+
+
+def _memory(one: MethodPlan) -> str:
+    shown = _between(one.memory_mb, lambda value: f"{value / 1e3:.2f} GB")
+    return shown if one.fits else f"{shown}, too much"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _amount(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"

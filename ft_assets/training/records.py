@@ -1,0 +1,106 @@
+"""The ledger's row of each training that ended, and the results folder of one whose worker could not write it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import Any
+
+from ft_assets.training.failures import failure_of, results_folder, write_results
+from ft_assets.training.prices import cost
+from ft_resources.compute import WorkerDied
+from ft_resources.environments import Environment
+from ft_resources.errors import FtError, SpecError
+from ft_resources.ledger import Ledger
+from ft_resources.provenance import provenance
+from ft_resources.training_runs import TrainingRun
+from ft_resources.usage import Usage
+
+USAGE = tuple(field.name for field in fields(Usage))
+
+
+@contextmanager
+def recorded(
+    ledger: Ledger, environment: Environment, job: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Record the training that runs inside this block, whether it ends with a report or with an error."""
+    started = datetime.now(UTC)
+    try:
+        yield lambda report: ledger.record_training(_finished(environment, job, report))
+    except FtError as error:
+        ledger.record_training(
+            TrainingRun(
+                **_identity(job),
+                run_id=f"{job['tags']['dagster_run_id']}-{started:%H%M%S%f}",
+                status="FAILED",
+                started=started,
+                ended=datetime.now(UTC),
+                error=error.code,
+            )
+        )
+        if isinstance(error, WorkerDied):  # it had no time to say why itself
+            write_results(
+                results_folder(environment, job["made_from"]["task"], job["run_name"]),
+                config=job["made_from"]["settings"],
+                origins=job["origins"],
+                metrics={},
+                log=str(error),
+                usage=None,
+                curve=None,
+                provenance=provenance(),
+                failure=failure_of(error),
+            )
+        raise
+
+
+def _identity(job: Mapping[str, Any]) -> dict[str, Any]:
+    made = job["made_from"]
+    return {
+        "dagster_run_id": job["tags"]["dagster_run_id"],
+        "task": made["task"],
+        "trained_from": job["key"],
+        "training_rows_digest": made["train_split"],
+        "validation_rows_digest": made["validation_split"],
+        "base": made["settings"]["base"]["model"],
+        "base_digest": made["base"],
+        "template": job["template"],
+        "method": made["settings"]["method"],
+    }
+
+
+def _cost(usage: Usage, device: str, environment: Environment) -> float | None:
+    """Unknown where the price table does not list the device: no reason to lose a training."""
+    try:
+        return cost(usage, environment, device)
+    except SpecError:
+        return None
+
+
+def _priced(report: Mapping[str, Any]) -> str:
+    """What the price table names the device of a training by."""
+    gpus = report["provenance"]["hardware"]["gpus"]
+    return str(gpus[0]) if report["device"] == "cuda" and gpus else "cpu"
+
+
+def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[str, Any]) -> TrainingRun:
+    history = report["history"]
+    best = history["validation"][history["best_epoch"] - 1]
+    usage = {name: report["usage"][name] for name in USAGE}
+    return TrainingRun(
+        **_identity(job),
+        **usage,
+        run_id=report["mlflow_run"],
+        status="FINISHED",
+        started=datetime.fromisoformat(report["started"]),
+        ended=datetime.fromisoformat(report["ended"]),
+        adapter=report["adapter"],
+        device=report["device"],
+        precision=report["precision"],
+        rows=report["rows"],
+        tokens=history["tokens"],
+        steps=len(history["loss"]),
+        cost=_cost(Usage(**usage), _priced(report), environment),
+        accuracy=best.get("accuracy"),
+        macro_f1=best.get("macro_f1"),
+        loss=best["loss"],
+    )

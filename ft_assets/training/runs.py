@@ -1,0 +1,199 @@
+"""One training run from rows to a folder with the adapter: what the workers of training and search share."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from bento.conversation import Field, extraction_messages, load
+from bento.devices import pick_device, pick_dtype
+from ft_assets.data.assembly import split_rows
+from ft_assets.evaluation.calibration import fit_temperature
+from ft_assets.training.body import Body
+from ft_assets.training.checkpoints import Checkpoints
+from ft_assets.training.distributed import World
+from ft_assets.training.examples import Tokenised, classified, conversations
+from ft_assets.training.learners import AnswerLearner, ClassLearner, Learner
+from ft_assets.training.recipes import Settings
+from ft_assets.training.saving import save
+from ft_assets.training.trainer import Step, Trained, Trainer, seeded
+from ft_resources.base_models import BaseModel
+from ft_resources.environments import Environment
+from ft_resources.errors import TrainingError
+from ft_resources.lake import Lake
+from ft_resources.usage import memory_limit
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows of a task and what they are to teach."""
+
+    kind: str
+    """The task's type."""
+    training: pd.DataFrame
+    """text, label."""
+    validation: pd.DataFrame
+    labels: Sequence[str] = ()
+    """Of a classification, in the order of the head."""
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    """Of an extraction."""
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised rows; several runs on the same base and `max_tokens` share them."""
+
+    training: Tokenised
+    validation: Tokenised
+
+
+def task_rows(lake: Lake, made_from: Mapping[str, Any]) -> TaskRows:
+    """The rows that an adapter is, or was, made from."""
+    training, validation = (split_rows(lake, made_from[split]) for split in ("train_split", "validation_split"))
+    return TaskRows(
+        made_from["type"],
+        training,
+        validation,
+        made_from["labels"],
+        {name: Field.model_validate(one) for name, one in made_from["fields"].items()},
+        made_from["instruction"],
+    )
+
+
+def tokenise(rows: TaskRows, base: BaseModel, max_tokens: int) -> Data:
+    """Tokenise training and validation rows for `base`.
+
+    Raises:
+        TrainingError: No rows, a label without rows, or no row whose answer fits into `max_tokens`.
+    """
+    missing = [label for label in rows.labels if label not in set(rows.training["label"])]
+    if rows.training.empty or missing:
+        raise TrainingError(
+            f"there are no training rows for {missing or list(rows.labels) or 'this task'}",
+            where="train_split",
+            mend="Add labelled rows for them, or remove these labels from the task.",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    training = _examples(rows, rows.training, tokenizer, max_tokens, 0)
+    if not training.examples:
+        raise TrainingError(
+            f"no row has an answer within {max_tokens} tokens; the longest has {training.longest}",
+            where="base.max_tokens",
+            mend="Raise it.",
+        )
+    validation = _examples(rows, rows.validation, tokenizer, max_tokens, len(training.examples))
+    return Data(training, validation)
+
+
+def _examples(rows: TaskRows, frame: pd.DataFrame, tokenizer: Any, max_tokens: int, start: int) -> Tokenised:
+    texts, labels = frame["text"].tolist(), frame["label"].tolist()
+    if rows.kind == "text-classification":
+        numbers = {label: number for number, label in enumerate(rows.labels)}
+        return classified(tokenizer, texts, [numbers[label] for label in labels], max_tokens, start)
+    asked = [
+        load(text) if rows.kind == "text-generation" else extraction_messages(text, rows.fields, rows.instruction)
+        for text in texts
+    ]
+    return conversations(tokenizer, list(zip(asked, labels, strict=True)), max_tokens, start)
+
+
+def fit(
+    rows: TaskRows,
+    data: Data,
+    base: BaseModel,
+    settings: Settings,
+    folder: Path,
+    *,
+    describe: Mapping[str, Any],
+    device: str = "",
+    checkpoints: Checkpoints | None = None,
+    world: World | None = None,
+    memory: int | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
+) -> Trained:
+    """Train and write the adapter to `folder`.
+
+    Args:
+        describe: Further entries of `adapter.json`, such as task and origins of the settings.
+        device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
+
+    Raises:
+        TrainingError: The loss is not finite, or the settings do not fit the base model.
+        ServiceError: The device is missing.
+    """
+    where = pick_device(device)
+    seeded(settings.training.seed, where)
+    dtype = pick_dtype(settings.training.precision, where)
+    classification = rows.kind == "text-classification"
+    body = Body(base, settings, where, dtype, causal=not classification)
+    targets = [one.target for one in data.training.examples]
+    learner: Learner = AnswerLearner(body, settings)
+    if classification:
+        learner = ClassLearner(body, settings, len(rows.labels), targets)
+    trained = Trainer(
+        learner,
+        data.training.examples,
+        data.validation.examples,
+        settings,
+        checkpoints=checkpoints,
+        world=world,
+        memory=memory,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    ).run()
+    described: dict[str, Any] = {"type": rows.kind, **describe}
+    head = None
+    if isinstance(learner, ClassLearner):
+        head = learner.head
+        known = np.array([one.target for one in data.validation.examples])
+        temperature = fit_temperature(trained.outputs, known) if len(known) else 1.0
+        described |= {"labels": list(rows.labels), "pooling": settings.base.pooling, "temperature": temperature}
+    else:
+        described |= {
+            "fields": {name: one.model_dump() for name, one in rows.fields.items()},
+            "instruction": rows.instruction,
+        }
+    save(folder, body, head, trained.history, base=base, settings=settings, describe=described)
+    return trained
+
+
+TRACE = "training_trace"
+"""Artefact beside an adapter: what its trained tensors were after every step, as checksums."""
+
+
+def publish_trace(lake: Lake, adapter: str, trained: Trained) -> None:
+    """Keep the trace of the adapter with this digest."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"checksums": trained.trace}, Path(scratch) / "trace.safetensors")
+        (Path(scratch) / "names.json").write_text(json.dumps(trained.names))
+        lake.publish(TRACE, Path(scratch), {"adapter": adapter})
+
+
+def use_cores(world: World) -> None:
+    """Divide the cores among the processes that train together."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.size))
+
+
+def memory_of(environment: Environment) -> int:
+    """Bytes a training may use: as `FT_MEMORY_GB` says, else nearly all there is."""
+    return int(environment.memory_gb * 1e9) if environment.memory_gb else int(0.95 * memory_limit())
+
+
+def exactness(device: str) -> str:
+    """What a repetition of a training on this device is held to."""
+    return "bit-exact" if pick_device(device).type == "cpu" else TOLERANCE
+
+
+TOLERANCE = "every loss within 1e-3"
+"""For devices some of whose kernels have no deterministic form."""

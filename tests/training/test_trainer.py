@@ -1,0 +1,339 @@
+"""The trainer: fast ways give the losses of the plain one, runs repeat and resume to the byte, figures are kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ft_assets.training.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.recipes import Settings
+from ft_assets.training.runs import TaskRows, fit, tokenise
+from ft_assets.training.trainer import Step, Trained
+from ft_resources.base_models import resolve
+from ft_resources.environments import REPOSITORY
+from ft_resources.errors import OutOfMemory, TrainingError
+from ft_resources.lake import Lake
+from tests.training.small import DECODERS, ENCODERS, digests, settings, texts
+
+Tiny = Callable[[str], str]
+PLAIN = {
+    "packing": "off",
+    "segment_attention": False,
+    "fused_lora": False,
+    "labelled_tokens_only": False,
+    "fused_cross_entropy": False,
+    "cache_frozen": False,
+}
+
+
+def train(rows: TaskRows, chosen: Settings, folder: Path, **further: object) -> Trained:
+    base = resolve(chosen.base.model)
+    data = tokenise(rows, base, chosen.base.max_tokens)
+    return fit(rows, data, base, chosen, folder, describe={"task": "small"}, **further)  # type: ignore[arg-type]
+
+
+class Died(Exception):
+    """Stands for a process that ends between two steps."""
+
+
+def dies_at(number: int) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        if step.step == number:
+            raise Died
+
+    return on_step
+
+
+# -- the fast ways give the same model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
+def test_a_classifier_learns_the_same_with_every_lever(
+    kind: str, tiny: Tiny, classes: TaskRows, tmp_path: Path
+) -> None:
+    pooling = {"base": {"pooling": "last"}} if kind in DECODERS else {}
+    fast = train(classes, settings(tiny(kind), **pooling), tmp_path / "fast")
+    plain = train(classes, settings(tiny(kind), speed=PLAIN, **pooling), tmp_path / "plain")
+    np.testing.assert_allclose(fast.history.loss, plain.history.loss, rtol=2e-5)
+    assert fast.history.validation[-1]["loss"] < fast.history.validation[0]["loss"]
+    for name, tensor in load_file(tmp_path / "fast" / "adapter_model.safetensors").items():
+        twin = load_file(tmp_path / "plain" / "adapter_model.safetensors")[name]
+        torch.testing.assert_close(tensor, twin, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_answers_are_learned_the_same_with_every_lever(
+    kind: str, tiny: Tiny, answers: TaskRows, tmp_path: Path
+) -> None:
+    fast = train(answers, settings(tiny(kind)), tmp_path / "fast")
+    plain = train(answers, settings(tiny(kind), speed=PLAIN), tmp_path / "plain")
+    np.testing.assert_allclose(fast.history.loss, plain.history.loss, rtol=2e-5)
+    assert fast.history.loss[-1] < fast.history.loss[0]
+
+
+@pytest.mark.parametrize("lever", [name for name in PLAIN if name != "cache_frozen"])
+def test_each_lever_alone_changes_no_loss(lever: str, tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:
+    one = {**PLAIN, lever: "on" if lever == "packing" else True}
+    alone = train(answers, settings(tiny("llama"), speed=one), tmp_path / "alone")
+    plain = train(answers, settings(tiny("llama"), speed=PLAIN), tmp_path / "plain")
+    np.testing.assert_allclose(alone.history.loss, plain.history.loss, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_cached_frozen_layers_change_no_loss(kind: str, tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    cached = train(classes, settings(tiny(kind), lora={"top_layers": 1}), tmp_path / "cached")
+    off = settings(tiny(kind), lora={"top_layers": 1}, speed={"cache_frozen": False})
+    recomputed = train(classes, off, tmp_path / "recomputed")
+    np.testing.assert_allclose(cached.history.loss, recomputed.history.loss, rtol=2e-5)
+    adapted = load_file(tmp_path / "cached" / "adapter_model.safetensors")
+    assert adapted and all(".2." in name for name in adapted)
+
+
+def test_a_cached_run_skips_the_layers_below(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    counted = dict[str, int]()
+    for name, cache in (("cached", True), ("recomputed", False)):
+        calls = 0
+        original = torch.nn.functional.gelu
+
+        def counting(*arguments: object, original: object = original, **named: object) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return original(*arguments, **named)  # type: ignore[operator]
+
+        torch.nn.functional.gelu = counting  # type: ignore[assignment]
+        try:
+            chosen = settings(tiny("bert"), lora={"top_layers": 1}, speed={"cache_frozen": cache})
+            train(classes, chosen, tmp_path / name)
+        finally:
+            torch.nn.functional.gelu = original
+        counted[name] = calls
+    assert counted["cached"] < 0.75 * counted["recomputed"]
+
+
+def test_parts_of_a_step_give_the_step(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    balanced = {"class_weighting": "balanced", "label_smoothing": 0.1}
+    whole = train(classes, settings(tiny("bert"), training=balanced), tmp_path / "whole")
+    parts = train(classes, settings(tiny("bert"), training={**balanced, "micro_batch_tokens": 8}), tmp_path / "parts")
+    np.testing.assert_allclose(parts.history.loss, whole.history.loss, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_loss(tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:
+    kept = train(answers, settings(tiny("llama")), tmp_path / "kept")
+    again = train(answers, settings(tiny("llama"), training={"gradient_checkpointing": True}), tmp_path / "again")
+    np.testing.assert_allclose(again.history.loss, kept.history.loss, rtol=1e-5)
+
+
+def test_bf16_follows_fp32(tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:
+    exact = train(answers, settings(tiny("llama")), tmp_path / "fp32")
+    rounded = train(answers, settings(tiny("llama"), training={"precision": "bf16"}), tmp_path / "bf16")
+    np.testing.assert_allclose(rounded.history.loss, exact.history.loss, atol=0.02)
+    assert rounded.history.loss != exact.history.loss
+
+
+# -- methods --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_rslora": True}, {"use_dora": True}, {"dropout": 0.1}, {"target_modules": ["query"]}]
+)
+def test_variants_of_lora_train(lora: dict[str, object], tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    trained = train(classes, settings(tiny("bert"), lora=lora), tmp_path / "one")
+    assert trained.history.loss[-1] < trained.history.loss[0]
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["use_rslora"] == ("use_rslora" in lora) and config["use_dora"] == ("use_dora" in lora)
+
+
+def test_the_adapter_is_as_large_as_its_matrices(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    trained = train(classes, settings(tiny("bert")), tmp_path / "one")
+    per_layer = 4 * (32 + 32) + 2 * (32 + 64)
+    head = 32 * 2 + 2
+    assert trained.history.trainable_parameters == 3 * 4 * per_layer + head
+    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").values())
+    assert stored == 3 * 4 * per_layer
+
+
+def test_full_fine_tuning_trains_every_weight(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    chosen = settings(tiny("bert"), method="full", training={"learning_rate": 1e-3})
+    trained = train(classes, chosen, tmp_path / "full")
+    assert trained.history.trainable_parameters == trained.history.total_parameters
+    assert trained.history.validation[-1]["loss"] < trained.history.validation[0]["loss"]
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tmp_path / "full")
+    before = AutoModel.from_pretrained(tiny("bert"))
+    assert not torch.equal(model.embeddings.word_embeddings.weight, before.embeddings.word_embeddings.weight)
+    assert not (tmp_path / "full" / "adapter_config.json").exists()
+
+
+def test_settings_that_do_not_fit_the_base_are_refused(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="target_modules"):
+        train(classes, settings(tiny("bert"), lora={"target_modules": ["nowhere"]}), tmp_path / "a")
+    with pytest.raises(TrainingError, match="3 layers, not 9"):
+        train(classes, settings(tiny("bert"), lora={"top_layers": 9}), tmp_path / "b")
+    with pytest.raises(TrainingError, match="base model reads 130"):
+        train(classes, settings(tiny("roberta"), base={"max_tokens": 200}), tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny("bert"), damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"].fill_(float("inf"))
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="loss became nan at step 1 of 12"):
+        train(classes, settings(str(damaged)), tmp_path / "one")
+
+
+# -- the same bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("step", [1, 5, 6, 9])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    precision: str, step: int, tiny: Tiny, classes: TaskRows, tmp_path: Path
+) -> None:
+    """Six steps an epoch: died after the first step, within and at the end of the first epoch, in the second."""
+    often = {"precision": precision, "checkpoint_minutes": 1e-9}
+    chosen = settings(tiny("bert"), training=often, lora={"dropout": 0.1})
+    lake = Lake(tmp_path / "lake")
+    undisturbed = train(classes, chosen, tmp_path / "undisturbed")
+    with pytest.raises(Died):
+        train(classes, chosen, tmp_path / "died", checkpoints=Checkpoints(lake, "t", "key"), on_step=dies_at(step))
+    resumed = train(classes, chosen, tmp_path / "resumed", checkpoints=Checkpoints(lake, "t", "key"))
+    assert resumed.steps_now == undisturbed.steps_now - (step - 1)
+    assert digests(tmp_path / "resumed") == digests(tmp_path / "undisturbed")
+    assert torch.equal(resumed.trace, undisturbed.trace)
+
+
+def test_another_seed_gives_other_bytes(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(classes, settings(tiny("bert"), training={"seed": seed}), tmp_path / str(seed))
+    first, second = (digests(tmp_path / str(seed))["adapter_model.safetensors"] for seed in (0, 1))
+    assert first != second
+
+
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    """SIGKILL at four moments of a packed bf16 run in a process of its own."""
+    script = Path(__file__).with_name("small_training.py")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    def run(name: str, kill_after: int | None) -> None:
+        arguments = [sys.executable, str(script), tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name)]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step") and kill_after is not None and int(line.split()[1]) >= kill_after:
+                process.kill()
+                break
+        process.wait()
+        process.stdout.close()
+        assert (process.returncode == 0) == (kill_after is None)
+
+    run("undisturbed", None)
+    for moment in (2, 7, 11, None):
+        run("disturbed", moment)
+    assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
+
+
+def test_two_processes_train_what_one_trains(tiny: Tiny, tmp_path: Path) -> None:
+    """torchrun with gloo, the same global batch: every loss and weight within 1e-5."""
+    script = Path(__file__).with_name("small_training.py")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SMALL_PRECISION": "fp32"}
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launcher in (("one", []), ("two", several)):
+        arguments = [tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name)]
+        subprocess.run([sys.executable, *launcher, str(script), *arguments], check=True, env=environment, timeout=300)
+    histories = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-5)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
+
+
+# -- epochs, checkpoints, memory ------------------------------------------------------------------------------------
+
+
+def test_the_best_last_and_fastest_checkpoints_are_kept(tmp_path: Path) -> None:
+    """Five epochs, the third is the best and the second took the least time."""
+    lake = Lake(tmp_path)
+    checkpoints = Checkpoints(lake, "t", "key")
+    seconds = [5.0, 3.0, 4.0, 6.0, 7.0]
+    for epoch in range(1, 6):
+        place = {"epoch": epoch, "batch": 0, "step": epoch * 10}
+        snapshot = Snapshot(place, {"weight": torch.full((3,), float(epoch))})
+        checkpoints.save(snapshot, epoch_seconds=seconds[epoch - 1], best=epoch <= 3)
+        checkpoints.save(Snapshot({**place, "batch": 4, "step": epoch * 10 + 4}, {"weight": torch.zeros(3)}))
+    checkpoints.save(Snapshot({"epoch": 5, "batch": 0, "step": 50}, {"weight": torch.full((3,), 5.0)}))
+    stored = {role: lake.open(digest).json("progress.json") for role, digest in checkpoints.kept.items()}
+    kept = {role: one["progress"]["epoch"] for role, one in stored.items()}
+    assert kept == {"last": 5, "best": 3, "fastest": 2}
+    assert len(list((tmp_path / "objects").glob("*/*"))) == 3
+    again = Checkpoints(lake, "t", "key")
+    latest = again.latest()
+    assert latest is not None and latest.progress["step"] == 50
+    assert again.kept == checkpoints.kept
+    assert again.best().tensors["weight"].tolist() == [3.0, 3.0, 3.0]
+
+
+def test_the_best_epoch_by_validation_is_what_is_saved(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    worse_later = TaskRows("text-classification", texts(16, 1), texts(30, 5).assign(label="warm"), ["cold", "warm"])
+    measured = list[dict[str, float]]()
+    trained = train(
+        worse_later,
+        settings(tiny("bert"), training={"epochs": 4, "warmup_share": 0.0, "learning_rate": 2e-2}),
+        tmp_path / "one",
+        on_epoch=lambda epoch, figures: measured.append(figures),
+    )
+    scores = [(figures["macro_f1"], -figures["loss"]) for figures in measured]
+    assert trained.history.best_epoch == scores.index(max(scores)) + 1
+    assert trained.outputs.shape == (30, 2)
+
+
+def test_training_stops_early(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    patient = settings(tiny("bert"), training={"epochs": 30, "early_stopping": 2, "schedule": "constant"})
+    trained = train(classes, patient, tmp_path / "one")
+    epochs = len(trained.history.validation)
+    assert epochs < 30 and epochs == trained.history.best_epoch + 2
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("linear", 1 / 11), ("cosine", 0.02), ("constant", 1.0)])
+def test_the_rate_warms_up_and_falls(schedule: str, last: float, tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    rates = list[float]()
+    chosen = settings(tiny("bert"), training={"schedule": schedule, "warmup_share": 0.25})
+    train(classes, chosen, tmp_path / "one", on_step=lambda step: rates.append(step.learning_rate / 5e-3))
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[-1] == pytest.approx(last, abs=0.1)
+
+
+def test_more_memory_than_there_is_is_a_typed_error(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemory, match="needs more memory") as caught:
+        train(classes, settings(tiny("bert")), tmp_path / "one", memory=1_000_000)
+    assert caught.value.used > caught.value.total == 1_000_000
+
+
+def test_rows_that_are_too_long_are_counted(tiny: Tiny, answers: TaskRows) -> None:
+    base = resolve(tiny("llama"))
+    whole, cut = tokenise(answers, base, 512).training, tokenise(answers, base, 20).training
+    assert whole.cut == whole.dropped == 0 and len(whole.examples) == 48
+    assert cut.cut > 0 and cut.dropped > 0 and cut.longest == whole.longest > 20
+    assert all(len(one.ids) <= 20 for one in cut.examples)
+    with pytest.raises(TrainingError, match="within 8 tokens"):
+        tokenise(answers, base, 8)
+
+
+def test_the_loss_is_on_answers_only(tiny: Tiny, answers: TaskRows) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    examples = tokenise(answers, resolve(tiny("llama")), 512).training.examples
+    for one, answer in zip(examples, answers.training["label"], strict=True):
+        assert tokenizer.decode(one.ids[one.target :]).strip() == answer.lower()
+        assert "how is" in tokenizer.decode(one.ids[: one.target])
