@@ -164,6 +164,44 @@ def run(
 
 
 @app.command()
+def plan(
+    task: TaskArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """What a training will take before it runs: tokens, memory, time, money; LoRA beside full fine-tuning."""
+    with _told():
+        from ft_assets.training.planning import render
+
+        found = _open(home).plan(task)
+        if as_json:
+            typer.echo(found.json())
+        else:
+            console.print(render(found))
+
+
+@app.command()
+def reproduce(
+    adapter: Annotated[str, typer.Argument(help="Digest of an adapter or its start, or a task: its newest adapter.")],
+    home: HomeOption = None,
+) -> None:
+    """Train an adapter again and compare every tensor. Exit code 1 if it differs by more than it declares."""
+    with _told():
+        with console.status("training again") as status:
+            found = _open(home).reproduce(adapter, show=status.update)
+        if found.tensors:
+            table = _table("tensor", "then", "now")
+            for name, (then, now) in list(found.tensors.items())[:20]:
+                table.add_row(name, then, now)
+            console.print(table)
+        for name, (then, now) in found.changed.items():
+            console.print(f"{name}: {then} then, {now} now", markup=False)
+        console.print(f"{MARKS['passed' if found.acceptable else 'refused']}{found.verdict}")
+    if not found.acceptable:
+        raise typer.Exit(1)
+
+
+@app.command()
 def watch(
     run: Annotated[str, typer.Argument(help="Task name (its newest run), Dagster run id or its start, MLflow run id.")],
     once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,

@@ -85,10 +85,11 @@ class Follower:
             failure = data.user_failure_data
             if data.error and data.error.cls_name == "DagsterAssetCheckFailedError":
                 return None  # the check's own line has said why
-            text = failure.description if failure else data.error.message if data.error else "failed"
+            text = failure.description if failure else _cause(data.error)
             return Line("failed", event.step_key or "", str(text).strip(), seconds)
         if kind == "STEP_UP_FOR_RETRY":
-            return Line("note", event.step_key or "", "the step failed and is tried again", seconds)
+            cause = _cause(event.event_specific_data.error)
+            return Line("note", event.step_key or "", f"the step failed and is tried again: {cause}", seconds)
         return None
 
 
@@ -111,6 +112,13 @@ def following(instance: dg.DagsterInstance, run_id: str, show: Callable[[Line], 
         thread.join()
         for line in follower.lines():
             show(line)
+
+
+def _cause(error: Any) -> str:
+    """What first went wrong: the policy that tries a step again wraps it."""
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return error.message.strip().removeprefix("dagster._core.definitions.events.Failure: ") if error else "failed"
 
 
 def _headline(metadata: Any) -> str:

@@ -30,11 +30,11 @@ from ft_assets.evaluation.report import EvalReport
 from ft_assets.evaluation.stored import read_report
 from ft_assets.release import promotion
 from ft_assets.tasks import FilesSource, Task, TaskFolders
-from ft_assets.training import recipes
+from ft_assets.training import recipes, search
 from ft_assets.training.failures import failed_results
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment
-from ft_resources.errors import FtError, GateRefusal, SpecError
+from ft_resources.errors import ArtefactError, FtError, GateRefusal, SpecError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from ft_resources.serving import SERVICE, BentoStore, ServerProcess
@@ -47,8 +47,22 @@ if TYPE_CHECKING:
     from bento.request_log import Prediction
     from bento.scorer import Scorer
     from ft_assets.following import Line
+    from ft_assets.training.planning import Plan
+    from ft_assets.training.reproduce import Reproduction
     from ft_assets.watching import Watched
     from ft_resources.training_runs import Grouping
+
+
+TRAINING_ASSETS = (
+    "raw_dataset",
+    "clean_dataset",
+    "train_split",
+    "validation_split",
+    "test_split",
+    "search_results",
+    "adapter",
+)
+"""Stages 1 and 2: rows to an adapter."""
 
 
 class PlatformBusy(FtError):
@@ -132,6 +146,7 @@ class Platform:
         """
         task = Task(Path(path))
         resolved = recipes.resolve(task)
+        search.check_space(task, resolved)
         resolve_base(resolved.settings.base.model)
         return task, resolved
 
@@ -169,6 +184,8 @@ class Platform:
     ) -> Outcome:
         """Run the graph of one task, from its raw rows to a live release.
 
+        Tasks that generate text are trained: their run ends with the adapter, for nothing evaluates or serves it yet.
+
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.
             show: Called with every line of progress.
@@ -176,7 +193,10 @@ class Platform:
         Raises:
             SpecError: There is no such task.
         """
-        name = self.tasks.get(task).name
+        found = self.tasks.get(task)
+        name = found.name
+        if not only and found.spec.type != "text-classification":
+            only = TRAINING_ASSETS
         known = _release_assets() if only else []
         unknown = [asset for asset in only if asset not in known]
         if unknown:
@@ -358,6 +378,44 @@ class Platform:
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def plan(self, task: str) -> "Plan":
+        """What a training of a task will take: tokens, memory, time, money; LoRA beside full fine-tuning.
+
+        Raises:
+            SpecError: There is no such task, or its base model is not there.
+        """
+        from ft_assets.training.planning import plan
+
+        return plan(self.lake, self.ledger, self.environment, self.tasks.get(task))
+
+    def reproduce(self, adapter: str, *, show: Callable[[str], None] = lambda line: None) -> "Reproduction":
+        """Train an adapter again from what it was made from, and compare every tensor.
+
+        Args:
+            adapter: Its digest, the start of it, or a task's name for the newest of that task.
+            show: Told of the steps.
+
+        Raises:
+            ArtefactError: There is no such adapter, or its base model is another one now.
+        """
+        from ft_assets.training.reproduce import reproduce
+
+        names = self.tasks.load()[0]
+        digest = self.lake.require(adapter, "adapter").digest if adapter in names else self._adapter(adapter)
+        return reproduce(self.lake, self.environment, digest, show)
+
+    def _adapter(self, start: str) -> str:
+        trained = [digest for digest in self.experiments()["adapter"].dropna().unique() if digest.startswith(start)]
+        if len(trained) != 1 or not start:
+            raise ArtefactError(
+                f"{len(trained)} adapters have a digest that starts with '{start}'" if start else "no adapter is named",
+                where=self.environment.lake,
+                mend="Give more of its digest, or a task's name; `ft experiments` lists adapters.",
+            )
+        return str(trained[0])
 
     # -- deciding -----------------------------------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ class Meter:
             wall_seconds=wall,
             cpu_seconds=cpu,
             gpu_seconds=wall if self._gpu else 0.0,
-            peak_memory_bytes=max(largest, _high_water()),
+            peak_memory_bytes=max(largest, peak_memory()),
             peak_gpu_memory_bytes=self._gpu.peak() if self._gpu else 0,
             energy_wh=joules / 3600,
             energy_source=source,
@@ -348,7 +348,7 @@ def _group_folders() -> Iterator[tuple[Path, Mapping[str, str]]]:
             yield root / part, names
 
 
-def _high_water() -> int:
+def peak_memory() -> int:
     """Highest resident memory of this process since it started, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():

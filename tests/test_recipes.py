@@ -1,19 +1,14 @@
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ft_assets.specs import YamlFile
-from ft_assets.tasks import SearchSpec, Task
+from ft_assets.tasks import Task
 from ft_assets.training.batching import length_grouped
 from ft_assets.training.recipes import Recipe, resolve, with_values
-from ft_assets.training.search import run_trials
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
-from ft_resources.lake import Artefact
 
 TASK = """\
 name: triage
@@ -188,56 +183,6 @@ def test_a_trial_replaces_values_and_says_so(recipes: Path, write_task: WriteTas
     assert resolved.settings.lora.rank == 8
     with pytest.raises(SpecError, match=r"'lora\.rank' is 9999"):
         with_values(resolved, {"lora.rank": 9999}, "search trial 3")
-
-
-# -- search -------------------------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """Stands for training: the score in each artefact falls with the distance of the rate from 0.01."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.asked: list[dict[str, Any]] = []
-
-    def __call__(self, values: Any, number: int) -> tuple[Artefact, float]:
-        self.asked.append(dict(values))
-        folder = self.folder / str(number)
-        folder.mkdir(parents=True)
-        score = 1 - abs(values.get("training.learning_rate", 0.01) - 0.01)
-        history = {"validation": [{"macro_f1": 0.0}, {"macro_f1": score}], "best_epoch": 2}
-        content = json.dumps(history).encode()
-        (folder / "training.json").write_bytes(content)
-        entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-        return Artefact(str(number) * 64, "adapter", {}, {"training.json": entry}, folder, str(folder)), 1.5
-
-
-def test_without_a_search_nothing_is_trained(tmp_path: Path) -> None:
-    trainer = Trainer(tmp_path)
-    assert run_trials(SearchSpec(), 0, trainer, print)["best"] == {}
-    assert trainer.asked == []
-
-
-def test_the_best_of_seeded_trials_is_taken(tmp_path: Path) -> None:
-    spec = SearchSpec(trials=8, learning_rate=(1e-4, 0.5), rank=[4, 8])
-    trainers = [Trainer(tmp_path / name) for name in ("one", "again", "other")]
-    results = [run_trials(spec, seed, trainer, print) for seed, trainer in zip((7, 7, 8), trainers, strict=True)]
-    trials = results[0]["trials"]
-    assert [trial["trial"] for trial in trials] == list(range(1, 9))
-    assert results[0]["best"] == max(trials, key=lambda trial: trial["macro_f1"])["values"]
-    for values in trainers[0].asked:
-        assert 1e-4 <= values["training.learning_rate"] <= 0.5
-        assert values["lora.rank"] in (4, 8)
-        assert set(values) == {"training.learning_rate", "lora.rank"}
-    assert trainers[0].asked == trainers[1].asked != trainers[2].asked
-
-
-def test_no_trial_starts_after_the_time_is_spent(tmp_path: Path) -> None:
-    trainer, lines = Trainer(tmp_path), list[str]()
-    spec = SearchSpec(trials=5, rank=[4, 8], max_minutes=1e-9)
-    result = run_trials(spec, 0, trainer, lines.append)
-    assert len(result["trials"]) == len(trainer.asked) == 1
-    assert any("search stopped after 1 of 5 trials" in line for line in lines)
 
 
 # -- batches ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ft_assets.partitions import task_partitions
 from ft_assets.plots import confusion, reliability
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment, source_digest
+from ft_resources.errors import EvaluationError
 from ft_resources.lake import Lake, digest_of, short
 from ft_resources.ledger import Ledger
 
@@ -38,6 +39,12 @@ def eval_report(
     """Per-row answers and metrics with intervals of candidate, champion and baselines; slices, calibration, latency."""
     with typed_failures():
         task = task_named(environment, context.partition_key)
+        if task.spec.type != "text-classification":
+            raise EvaluationError(
+                f"adapters of type {task.spec.type} cannot be evaluated yet",
+                where=f"task {task.name}",
+                mend="Materialise up to the asset 'adapter'; plain peft loads what it makes.",
+            )
         inputs = {
             name: lake.require(task.name, name).digest
             for name in ("adapter", "train_split", "validation_split", "test_split")

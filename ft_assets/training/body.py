@@ -30,13 +30,21 @@ class Body:
 
     Args:
         causal: Load it with its vocabulary head, for generation.
+        kept: What the frozen lower layers gave in an earlier run, shared with it; see `runs.fit`.
 
     Raises:
         TrainingError: `lora.target_modules` or `lora.top_layers` does not fit the base model.
     """
 
     def __init__(
-        self, base: BaseModel, settings: Settings, device: torch.device, dtype: torch.dtype, *, causal: bool
+        self,
+        base: BaseModel,
+        settings: Settings,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        causal: bool,
+        kept: dict[int, torch.Tensor] | None = None,
     ) -> None:
         self.device, self.dtype, self.settings = device, dtype, settings
         self.network = _load(base, settings, dtype, causal=causal)
@@ -51,7 +59,9 @@ class Body:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.inner = getattr(self.network, self.network.base_model_prefix, self.network)
         self.packed = self._packs()
-        self._lower = LowerLayers(self.inner, lower) if lower and settings.speed.cache_frozen else None
+        self._lower: LowerLayers | None = None
+        if lower and settings.speed.cache_frozen:
+            self._lower = LowerLayers(self.inner, lower, {} if kept is None else kept)
 
     @property
     def hidden(self) -> int:
@@ -72,6 +82,8 @@ class Body:
         size = sum(len(one.ids) for one in examples) * self.hidden * self.dtype.itemsize
         if size > budget:
             return 0
+        if all(one.number in self._lower.kept for one in examples):
+            return size
         with torch.no_grad(), self._computing():
             for start in range(0, len(examples), 16):
                 rows = examples[start : start + 16]

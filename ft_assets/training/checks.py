@@ -17,12 +17,14 @@ from ft_resources.lake import Lake
 def within_budget(
     context: dg.AssetCheckExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
 ) -> dg.AssetCheckResult:
-    """The search ran no more trials, and started none later, than the task allows."""
+    """The search ran no more trials than the task allows, and ended in the epoch in which time or money was spent."""
     task = task_named(environment, context.partition_key)
     found, budget = lake.require(task.name, "search_results").json("trials.json"), task.spec.search
     trials = found["trials"]
-    before_last = found["seconds"] - trials[-1]["seconds"]
-    passed = len(trials) <= budget.trials and before_last <= budget.max_minutes * 60
+    longest = max(trials, key=lambda trial: trial["seconds"])
+    passed = len(trials) <= budget.trials and found["seconds"] <= budget.max_minutes * 60 + longest["seconds"]
+    if budget.max_cost is not None:
+        passed = passed and found["cost"] <= budget.max_cost + longest["cost"]
     return dg.AssetCheckResult(
         passed=passed,
         description=f"{len(trials)} of {budget.trials} trials, "

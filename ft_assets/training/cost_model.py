@@ -45,24 +45,34 @@ class Counts:
     """Bytes that all other operations read and write."""
     calls: float = 0.0
     """Operations started."""
+    shapes: float = 0.0
+    """Matrix products of a shape not seen before, for which a kernel has to be made."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.flops + other.flops, self.traffic + other.traffic, self.calls + other.calls)
+        return Counts(
+            self.flops + other.flops, self.traffic + other.traffic, self.calls + other.calls, self.shapes + other.shapes
+        )
 
     def times(self, factor: float) -> "Counts":
-        return Counts(self.flops * factor, self.traffic * factor, self.calls * factor)
+        return Counts(self.flops * factor, self.traffic * factor, self.calls * factor, self.shapes * factor)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds for each floating-point operation, each byte moved and each call."""
+    """Seconds for each floating-point operation, each byte moved, each call and each new shape."""
 
     flop: float
     byte: float
     call: float
+    shape: float
 
     def seconds(self, counts: Counts) -> float:
-        return self.flop * counts.flops + self.byte * counts.traffic + self.call * counts.calls
+        return (
+            self.flop * counts.flops
+            + self.byte * counts.traffic
+            + self.call * counts.calls
+            + self.shape * counts.shapes
+        )
 
 
 def rates(measured: Sequence[tuple[Counts, float]]) -> Rates:
@@ -71,7 +81,7 @@ def rates(measured: Sequence[tuple[Counts, float]]) -> Rates:
     Args:
         measured: Counts and seconds of at least one computation, all seconds above 0.
     """
-    rows = np.array([[one.flops, one.traffic, one.calls] for one, _ in measured])
+    rows = np.array([[one.flops, one.traffic, one.calls, one.shapes] for one, _ in measured])
     rows /= np.array([seconds for _, seconds in measured])[:, None]
     scale = np.maximum(rows.max(0), 1e-300)
     found, _ = nnls(rows / scale, np.ones(len(rows)))

@@ -45,12 +45,16 @@ def _skip(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 class LowerLayers:
-    """The first `count` layers of a model, and what they gave for each row that was kept."""
+    """The first `count` layers of a model, and what they gave for each row that was kept.
 
-    def __init__(self, inner: Any, count: int) -> None:
+    Args:
+        kept: Where it is kept, by the number of the row: another run with the same layers and rows goes on with it.
+    """
+
+    def __init__(self, inner: Any, count: int, kept: dict[int, torch.Tensor]) -> None:
         _, self._layers = layers_of(inner)
         self._count = count
-        self.kept: dict[int, torch.Tensor] = {}
+        self.kept = kept
 
     @contextmanager
     def recording(self) -> Iterator[Recorded]:

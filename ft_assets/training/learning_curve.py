@@ -173,9 +173,9 @@ def _sentence(gains: Mapping[str, Mapping[str, Any]], objective: Objective, rows
     best = max(sure, key=lambda name: sure[name]) if sure else None
     told = "; ".join(parts)
     verdict = {
-        "rows": "More rows are the surest gain.",
-        "epochs": "More steps are the surest gain.",
-        "rank": "A higher rank is the surest gain.",
+        "rows": "More rows promise the most.",
+        "epochs": "More steps promise the most.",
+        "rank": "A higher rank promises the most.",
         None: "None of them is shown to help.",
     }[best]
     missing = f" Not all was measured: {ended}." if ended else ""

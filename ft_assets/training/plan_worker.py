@@ -2,7 +2,7 @@
 
 The base model is loaded with its first layer alone and with its first two; a few real rows go through the real trainer
 in both, and what the second layer adds stands for each of the others. Nothing is assumed about the architecture.
-Imports torch; launched by `ft_assets.training.planning`.
+Imports torch; launched by `ft_assets.training.workloads`.
 """
 
 import json
@@ -39,10 +39,11 @@ from ft_resources.base_models import BaseModel, resolve
 from ft_resources.errors import FtError
 from ft_resources.usage import memory_limit
 
-EPOCHS = 2
-"""Steps of a measured run: one to warm up; from the second on, the optimiser's moments and the best weights exist."""
+STEPS = 3
+"""Steps of a measured run. Each has its own number of tokens, as in a training, so that kernels are made anew."""
 VALIDATION_TOKENS = 1024
 _aten = torch.ops.aten
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.addmm_)
 FLOPS = {**flop_registry, _aten.addmm_: flop_registry[_aten.addmm]}
 
 
@@ -53,6 +54,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
         self.live = self.peak = 0
+        self._shapes: set[Any] = set()
         self._seen = weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(
@@ -62,14 +64,24 @@ class Counter(TorchDispatchMode):
         if func.is_view:
             return output
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        if (count := FLOPS.get(func._overloadpacket)) is not None:
-            self.counts += Counts(flops=float(count(*args, **(kwargs or {}), out_val=output)), calls=1)
+        packet = func._overloadpacket
+        if (count := FLOPS.get(packet)) is not None:
+            flops = float(count(*args, **(kwargs or {}), out_val=output))
+            self.counts += Counts(flops=flops, calls=1, shapes=float(self._is_new(packet, args)))
         else:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.counts += Counts(traffic=float(sum(map(_bytes, (*read, *made)))), calls=1)
         for tensor in made:
             self._follow(tensor.untyped_storage())
         return output
+
+    def _is_new(self, packet: Any, args: tuple[Any, ...]) -> bool:
+        if packet not in PRODUCTS:
+            return False
+        shape = packet, *(tuple(one.shape) for one in args if isinstance(one, torch.Tensor))
+        before = len(self._shapes)
+        self._shapes.add(shape)
+        return len(self._shapes) > before
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
@@ -93,7 +105,7 @@ class Depth:
     """What was measured on a model of some layers."""
 
     step: Counts
-    """One optimiser step on the typical batch."""
+    """One optimiser step on typical rows."""
     validation: Counts
     """One pass without gradients over the typical part of the validation rows."""
     created_bytes: float
@@ -122,6 +134,9 @@ class Batches:
     """Rows that stand for all: of a step like most, of the one that needs most memory, and of a validation."""
 
     typical: list[Example]
+    """Of `STEPS` steps."""
+    others: list[Example]
+    """As many again."""
     largest: list[Example]
     validation: list[Example]
 
@@ -132,7 +147,7 @@ def workload(
     """What the training that `run` describes computes, and the timed computations if it says `timed`.
 
     Returns:
-        The fields of `planning.Workload`, and `{counts, seconds}` of each timed computation.
+        The fields of `workloads.Workload`, and `{counts, seconds}` of each timed computation.
     """
     settings = Settings.model_validate(run["settings"])
     dtype = pick_dtype(settings.training.precision, device)
@@ -153,8 +168,9 @@ def workload(
     training, validation = _size(data.training, run["rows"]), _size(data.validation, run["validation_rows"])
     steps = -(-training["kept"] // settings.training.batch_size)
     by_token = 1 / max(1, _tokens(chosen.validation))
+    typical_tokens = _tokens(chosen.typical) / -(-len(chosen.typical) // settings.training.batch_size)
     frozen_token = layer.validation.times(lower * by_token)
-    epoch = _scaled(trained.step, steps, training["tokens"] / max(1, _tokens(chosen.typical)))
+    epoch = _scaled(trained.step, steps, training["tokens"] / typical_tokens)
     epoch += trained.validation.times(validation["tokens"] * by_token)
     both = training["tokens"] + validation["tokens"]
     kept = both * int(config.hidden_size) * dtype.itemsize if lower and settings.speed.cache_frozen else 0
@@ -186,8 +202,8 @@ def workload(
 
 
 def _scaled(step: Counts, steps: int, by_tokens: float) -> Counts:
-    """A step's counts over an epoch: work grows with the tokens, calls with the steps."""
-    return Counts(step.flops * by_tokens, step.traffic * by_tokens, step.calls * steps)
+    """A step's counts over an epoch: work grows with the tokens, the number of calls with the steps."""
+    return Counts(step.flops * by_tokens, step.traffic * by_tokens, step.calls * steps, step.shapes * steps)
 
 
 def _tokens(examples: Sequence[Example]) -> int:
@@ -212,13 +228,16 @@ def _batches(data: Data, settings: Settings, device: torch.device) -> Batches:
     tokens = np.array([lengths[batch].sum() for batch in batches])
     spread = np.array([np.square(lengths[batch]).sum() for batch in batches]) / tokens
     wanted = np.square(lengths).sum() / lengths.sum()
-    typical = int(np.argmin(np.abs(np.log(tokens / tokens.mean())) + np.abs(np.log(spread / wanted))))
+    unlike = np.abs(np.log(tokens / tokens.mean())) + np.abs(np.log(spread / wanted))
+    chosen = np.argsort(unlike, kind="stable")[: 2 * STEPS]
+    typical, others = chosen[:STEPS], chosen[STEPS:] if len(chosen) == 2 * STEPS else chosen[:STEPS]
     budget = settings.training.micro_batch_tokens or PART_TOKENS[device.type]
     weight = np.minimum(tokens, budget) * np.array([lengths[batch].max() for batch in batches])
     known = data.validation.examples
     groups = parts([len(one.ids) for one in known], VALIDATION_TOKENS, padded=False) if known else []
     return Batches(
-        [examples[row] for row in batches[typical]],
+        [examples[row] for at in typical for row in batches[at]],
+        [examples[row] for at in others for row in batches[at]],
         [examples[row] for row in batches[int(np.argmax(weight))]],
         [known[row] for row in groups[len(groups) // 2]] if groups else [],
     )
@@ -254,9 +273,7 @@ def _measured(
     settings = settings.model_copy(
         update={
             "lora": settings.lora.model_copy(update={"top_layers": None}),
-            "training": settings.training.model_copy(
-                update={"epochs": EPOCHS, "early_stopping": None, "batch_size": len(batches.typical)}
-            ),
+            "training": settings.training.model_copy(update={"epochs": 1, "early_stopping": None}),
         }
     )
     seeded(settings.training.seed, device)
@@ -266,13 +283,11 @@ def _measured(
     targets = [one.target for one in batches.typical]
     learner = ClassLearner(body, settings, len(rows.labels), targets) if classes else AnswerLearner(body, settings)
 
-    def train(examples: list[Example]) -> list[float]:
+    def train(examples: list[Example], **changed: int) -> list[float]:
         """Moments at which the steps ended, in seconds."""
         ends: list[float] = []
-        single = settings.model_copy(
-            update={"training": settings.training.model_copy(update={"batch_size": len(examples)})}
-        )
-        Trainer(learner, examples, [], single, on_step=lambda _: ends.append(time.perf_counter())).run()
+        chosen = settings.model_copy(update={"training": settings.training.model_copy(update=changed)})
+        Trainer(learner, examples, [], chosen, on_step=lambda _: ends.append(time.perf_counter())).run()
         return ends
 
     def validate() -> None:
@@ -280,12 +295,18 @@ def _measured(
         with torch.no_grad(), body.states(batches.validation) as states:
             learner.output(states, batches.validation)
 
-    step = _counted(lambda: train(batches.typical)).counts.times(1 / EPOCHS)
-    largest = _counted(lambda: train(batches.largest))
-    validation = _counted(validate).counts if batches.validation else Counts()
+    steps = -(-len(batches.typical) // settings.training.batch_size)
+    step = _counted(lambda: train(batches.typical)).counts.times(1 / steps)
+    # in the second step there are the optimiser's moments and the best weights so far
+    largest = _counted(lambda: train(batches.largest, batch_size=len(batches.largest), epochs=2))
+    validation = replace(_counted(validate).counts, shapes=0.0) if batches.validation else Counts()
     times: list[dict[str, Any]] = []
     if timed:
-        times.append({"counts": asdict(step), "seconds": min(np.diff(train(batches.typical)).tolist())})
+        by_tokens = _tokens(batches.others) / max(1, _tokens(batches.typical))
+        for counts in (step, replace(step, shapes=0.0)):  # kernels are made in the first round, found in the second
+            seconds = float(np.diff(train(batches.others)).mean()) if steps > 1 else 0.0
+            if seconds:
+                times.append({"counts": asdict(_scaled(counts, 1, by_tokens)), "seconds": seconds})
         if batches.validation:
             times.append({"counts": asdict(validation), "seconds": min(_seconds(validate) for _ in range(2))})
     trained = learner.trained()

@@ -1,121 +1,45 @@
 """What a training will take before it runs: tokens, memory, time and money, for LoRA and full fine-tuning alike."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ft_assets.data.assembly import split_rows
-from ft_assets.data.cleaning import clean
-from ft_assets.data.forms import form_of
-from ft_assets.data.sources import read_sources
 from ft_assets.tasks import Task
-from ft_assets.training.cost_model import (
-    CONFIDENCE,
-    Calibration,
-    Counts,
-    Interval,
-    Observation,
-    Rates,
-    calibrate,
-    rates,
-)
-from ft_assets.training.identity import TRAINER, environment_of_training
-from ft_assets.training.jobs import SPLITS, inputs_of
+from ft_assets.training.cost_model import CONFIDENCE, Calibration, Interval, calibrate
+from ft_assets.training.jobs import SPLITS
 from ft_assets.training.prices import CPU, hourly_price
 from ft_assets.training.recipes import Resolved, Settings, resolve
-from ft_assets.training.reporting import expected_device
-from ft_resources.base_models import resolve as resolve_base
-from ft_resources.environments import REPOSITORY, Environment, source_digest
-from ft_resources.errors import ArtefactError, FtError, SpecError, TrainingError
-from ft_resources.lake import Lake, digest_of, short
+from ft_assets.training.workloads import (
+    RECORDED_ROWS,
+    Measured,
+    Rows,
+    Workload,
+    keep,
+    measure,
+    recorded_runs,
+    rows_of,
+    run_entry,
+    sample_of_splits,
+    task_made,
+)
+from ft_resources.environments import Environment
+from ft_resources.errors import SpecError, TrainingError
+from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from ft_resources.usage import usable_cores
 
-MOST_ROWS = 20_000
-"""More training rows than this are counted by a sample."""
-RECORDED_ROWS = 2_000
-RECORDED_RUNS = 8
-"""Recorded runs that a plan is calibrated on, at most."""
-WORKER = "ft_assets.training.plan_worker"
-PLANNER = source_digest("ft_assets/training/cost_model.py", "ft_assets/training/plan_worker.py")
-SAME_MACHINE = ("machine", "threads", "processes", "image", "gpus")
 TRUNCATED_SHARE = 0.05
 """From this share of cut rows on, the plan advises more tokens."""
 SMALLEST_PART = 4096
 """Tokens of a pass where `training.micro_batch_tokens` says nothing: the least that the trainer uses on any device."""
 METHODS = ("lora", "full")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one training computes. Sizes in bytes; counts of operations as `cost_model.Counts`."""
-
-    rows: int
-    """Training rows that are trained on."""
-    counted_rows: int
-    """Rows that were tokenised; fewer than there are: the other figures are scaled up."""
-    validation_rows: int
-    tokens_per_epoch: int
-    truncated_share: float
-    """Of the rows: longer than `base.max_tokens`."""
-    dropped: int
-    """Rows of which no answer would be left."""
-    longest: int
-    """Tokens of the longest row before it is cut."""
-    steps: int
-    trained_parameters: int
-    head_parameters: int
-    total_parameters: int
-    weight_bytes: float
-    """The base model in memory."""
-    file_bytes: float
-    """Its files, which are mapped while it is loaded."""
-    created_bytes: float
-    """Most bytes of activations, gradients, moments and copies of trained weights at one time."""
-    once: Counts
-    """Done once, before the first epoch."""
-    epoch: Counts
-    """Done in each epoch, validation included."""
-    precision: str
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any]) -> "Workload":
-        """From what `plan_worker` writes."""
-        return cls(**{**values, "once": Counts(**values["once"]), "epoch": Counts(**values["epoch"])})
-
-    def work(self, epochs: float) -> Counts:
-        return self.once + self.epoch.times(epochs)
-
-    def memory(self, baseline: float) -> float:
-        """Peak in a process that has `baseline` bytes before it loads the model; 0: of a GPU, which maps no files."""
-        held = self.weight_bytes + self.created_bytes
-        return baseline + max(held, self.weight_bytes + self.file_bytes) if baseline else held
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What `plan_worker` found."""
-
-    device: str
-    device_name: str
-    memory: int
-    """Bytes there are."""
-    start_seconds: float
-    """From the start of a worker to the first tokens."""
-    baseline_bytes: float
-    """Of a worker before it loads the model; 0 where the device has its own memory."""
-    workloads: list[Workload]
-    rates: Rates
 
 
 @dataclass(frozen=True)
@@ -179,16 +103,6 @@ class Plan:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    training: pd.DataFrame
-    validation: pd.DataFrame
-    training_rows: int
-    """Of the whole split; `training` may be a sample."""
-    validation_rows: int
-    origin: str
-
-
 def plan(lake: Lake, ledger: Ledger, environment: Environment, task: Task, resolved: Resolved | None = None) -> Plan:
     """Plan the training of `task` on this machine; takes some ten seconds, nearly all of it a worker's imports.
 
@@ -201,217 +115,29 @@ def plan(lake: Lake, ledger: Ledger, environment: Environment, task: Task, resol
         TrainingError: A label has no rows, no answer fits, or the settings do not fit the base model.
     """
     settings = (resolved or resolve(task)).settings
-    rows = _rows(lake, ledger, environment, task)
-    recorded = _recorded(lake, ledger, environment, settings)
+    rows = rows_of(lake, ledger, environment, task)
+    recorded = recorded_runs(lake, ledger, environment, settings)
     methods = [settings.method, *(method for method in METHODS if method != settings.method)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         runs = [
-            _run(folder, task_made(task), settings.model_copy(update={"method": method}), rows, timed=at == 0)
+            run_entry(folder, task_made(task), settings.model_copy(update={"method": method}), rows, timed=at == 0)
             for at, method in enumerate(methods)
         ]
         for one in recorded:
             if one.workload is None:
                 made = one.made_from
-                sample = _sample_of_splits(lake, {split: made[split] for split in SPLITS}, RECORDED_ROWS)
-                runs.append(_run(folder, made, Settings.model_validate(made["settings"]), sample, timed=False))
+                sample = sample_of_splits(lake, {split: made[split] for split in SPLITS}, RECORDED_ROWS)
+                runs.append(run_entry(folder, made, Settings.model_validate(made["settings"]), sample, timed=False))
         measured = measure(runs, environment, folder)
     fresh = iter(measured.workloads[len(methods) :])
     observations = []
     for one in recorded:
-        workload = one.workload or _kept(one.cache, next(fresh))
+        workload = one.workload or keep(one.cache, next(fresh))
         if workload.precision == measured.workloads[0].precision:
             observations.append(one.observation(workload, measured))
     calibration = calibrate(observations, measured.start_seconds)
     return _plan(task, settings, environment, rows, methods, measured, calibration, _qualities(ledger, task))
-
-
-def task_made(task: Task) -> dict[str, Any]:
-    """The parts of what an adapter is made from that say how its rows are read."""
-    spec = task.spec
-    fields = {name: field.model_dump(mode="json") for name, field in spec.fields.items()}
-    return {"type": spec.type, "labels": spec.labels, "fields": fields, "instruction": spec.instruction}
-
-
-def measure(runs: Sequence[Mapping[str, Any]], environment: Environment, folder: Path) -> Measured:
-    """Let a worker count what `runs` compute, in a process of its own; see `plan_worker.measure`.
-
-    Raises:
-        TrainingError: The worker refused, or died.
-    """
-    job, result = folder / "job.json", folder / "result.json"
-    memory = int(environment.memory_gb * 1e9) if environment.memory_gb else None
-    job.write_text(json.dumps({"device": environment.device, "memory": memory, "runs": runs}), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", WORKER, str(job), str(result)],
-        cwd=REPOSITORY,
-        env={**_variables(), **environment.variables()},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    if "error" in found:
-        raise TrainingError(**found["error"])
-    if done.returncode != 0:
-        raise TrainingError(
-            f"the training could not be measured (status {done.returncode}): {done.stderr.strip()[-500:]}",
-            where="plan",
-            mend="Check that the base model fits into memory and that its settings are right.",
-        )
-    timed = [(Counts(**one["counts"]), float(one["seconds"])) for one in found["timed"]]
-    return Measured(
-        found["device"],
-        found["device_name"],
-        found["memory"],
-        found["start_seconds"],
-        found["baseline_bytes"],
-        [Workload.read(one) for one in found["workloads"]],
-        rates(timed),
-    )
-
-
-def _variables() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
-def _run(folder: Path, made: Mapping[str, Any], settings: Settings, rows: _Rows, *, timed: bool) -> dict[str, Any]:
-    """The entry of a worker's job; rows are written to `folder` once."""
-    files = {}
-    for name, frame in (("training", rows.training), ("validation", rows.validation)):
-        files[name] = str(folder / f"{name}-{id(frame)}.parquet")
-        if not Path(files[name]).exists():
-            frame[["text", "label"]].to_parquet(files[name], index=False)
-    return {
-        **{name: made[name] for name in ("labels", "fields", "instruction")},
-        **files,
-        "kind": made["type"],
-        "settings": settings.model_dump(mode="json"),
-        "rows": rows.training_rows,
-        "validation_rows": rows.validation_rows,
-        "timed": timed,
-    }
-
-
-# -- rows ---------------------------------------------------------------------------------------------------------
-
-
-def _rows(lake: Lake, ledger: Ledger, environment: Environment, task: Task) -> _Rows:
-    """The task's rows: of its splits, or before there are any, of its sources, cleaned."""
-    if all(lake.head(task.name, split) for split in SPLITS):
-        return _sample_of_splits(lake, inputs_of(lake, task), MOST_ROWS)
-    raw = read_sources(task.spec, task.path.parent, environment.packages, lambda: ledger.feedback_rows(task.name))
-    sampled = raw.sample(min(len(raw), MOST_ROWS), random_state=0)
-    kept = clean(sampled.reset_index(drop=True), task.spec.cleaning, form_of(task.spec)).kept
-    kept = kept.sample(frac=1, random_state=0)
-    share, validation = len(raw) / max(1, len(sampled)), task.spec.split.validation
-    at = max(1, round(len(kept) * validation)), round(len(kept) * (validation + task.spec.split.test))
-    return _Rows(
-        _with_every_label(kept[at[1] :], kept),
-        kept[: at[0]],
-        round((len(kept) - at[1]) * share),
-        round(at[0] * share),
-        "sources, divided as they will be",
-    )
-
-
-def _sample_of_splits(lake: Lake, inputs: Mapping[str, str], most: int) -> _Rows:
-    training, validation = (split_rows(lake, inputs[split]) for split in SPLITS)
-    return _Rows(
-        _with_every_label(training.sample(min(len(training), most), random_state=0), training),
-        validation.sample(min(len(validation), most), random_state=0),
-        len(training),
-        len(validation),
-        f"train_split {short(inputs['train_split'])}",
-    )
-
-
-def _with_every_label(sample: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """A sample may miss a rare label, without which nothing can be trained; answers of a conversation are free."""
-    absent = rows[~rows["label"].isin(set(sample["label"]))].drop_duplicates("label")
-    return sample if len(sample) == len(rows) else pd.concat([sample, absent.head(1000)])
-
-
-# -- recorded runs ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    made_from: Mapping[str, Any]
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    peak_gpu_bytes: int
-    same_base: bool
-    cache: Path
-    workload: Workload | None
-    """As an earlier plan found it."""
-
-    def observation(self, workload: Workload, measured: Measured) -> Observation:
-        counts = workload.work(self.tokens / max(1, workload.tokens_per_epoch))
-        return Observation(
-            self.same_base,
-            measured.rates.seconds(counts),
-            self.seconds,
-            workload.memory(measured.baseline_bytes),
-            self.peak_bytes if measured.baseline_bytes else self.peak_gpu_bytes,
-        )
-
-
-def _recorded(lake: Lake, ledger: Ledger, environment: Environment, settings: Settings) -> list[_Recorded]:
-    """The newest comparable runs, of the same base model first, each way of training once."""
-    runs = ledger.training_runs(status="FINISHED")
-    base, device = resolve_base(settings.base.model).digest, expected_device(environment)
-    runs = runs[runs["device"] == device].dropna(subset=["tokens", "wall_seconds", "peak_memory_bytes", "adapter"])
-    runs = runs.drop_duplicates("trained_from").assign(same=lambda frame: frame["base_digest"] == base)
-    runs = runs.sort_values("same", ascending=False, kind="stable")
-    found: list[_Recorded] = []
-    for run in runs.to_dict("records"):
-        made = _comparable(lake, environment, run["adapter"])
-        if made is None:
-            continue
-        cache = environment.home / "plans" / f"{digest_of([run['trained_from'], TRAINER, PLANNER])}.json"
-        found.append(
-            _Recorded(
-                made,
-                int(run["tokens"]),
-                float(run["wall_seconds"]),
-                int(run["peak_memory_bytes"]),
-                int(run["peak_gpu_memory_bytes"] or 1),
-                bool(run["same"]),
-                cache,
-                Workload.read(json.loads(cache.read_text(encoding="utf-8"))) if cache.exists() else None,
-            )
-        )
-        if len(found) == RECORDED_RUNS:
-            break
-    return found
-
-
-def _comparable(lake: Lake, environment: Environment, adapter: str) -> Mapping[str, Any] | None:
-    """What the adapter of a recorded run was made from; None if it was made elsewhere or is there no more."""
-    try:
-        made = lake.open(adapter).made_from
-        resolve_base(made["settings"]["base"]["model"])
-        for split in SPLITS:
-            lake.open(lake.open(made[split]).made_from["clean_dataset"])
-    except (ArtefactError, SpecError):
-        return None
-    here = environment_of_training(environment)
-    there = made["environment"]
-    return made if all(here.get(name) == there.get(name) for name in SAME_MACHINE) else None
-
-
-def _kept(file: Path, workload: Workload) -> Workload:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".new")
-    aside.write_text(json.dumps(asdict(workload)), encoding="utf-8")
-    aside.replace(file)
-    return workload
 
 
 def _qualities(ledger: Ledger, task: Task) -> dict[str, float]:
@@ -429,7 +155,7 @@ def _plan(
     task: Task,
     settings: Settings,
     environment: Environment,
-    rows: _Rows,
+    rows: Rows,
     methods: Sequence[str],
     measured: Measured,
     calibration: Calibration,
@@ -593,8 +319,8 @@ def render(plan: Plan) -> RenderableType:
     sampled = f" (by a sample of {plan.counted_rows:,})" if plan.counted_rows < plan.rows + plan.dropped else ""
     lines = [
         f"{plan.rows:,} training and {plan.validation_rows:,} validation rows from {plan.rows_from}{sampled}",
-        f"{plan.tokens_per_epoch:,} tokens an epoch, {plan.tokens:,} in {plan.epochs} epochs of {plan.steps:,} steps in "
-        f"all; {plan.truncated_share:.1%} of rows cut to {plan.max_tokens} tokens, the longest has {plan.longest:,}; "
+        f"{plan.tokens_per_epoch:,} tokens an epoch, {plan.tokens:,} in all; {plan.epochs} epochs, {plan.steps:,} "
+        f"steps; {plan.truncated_share:.1%} of rows cut to {plan.max_tokens} tokens, the longest has {plan.longest:,}; "
         f"{plan.dropped:,} dropped",
         f"{plan.base} on {plan.device} in {plan.precision}, {plan.memory_mb / 1e3:,.1f} GB of memory",
         plan.calibration,

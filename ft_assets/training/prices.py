@@ -1,4 +1,4 @@
-"""What an hour of a device costs, from `deployments/prices.yaml` or the file `FT_PRICES` names, and what a run costs."""
+"""What an hour of a device costs, from `deployments/prices.yaml` or the file `FT_PRICES` names, and what a run cost."""
 
 import re
 from dataclasses import dataclass

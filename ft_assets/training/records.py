@@ -13,6 +13,7 @@ from ft_resources.environments import Environment
 from ft_resources.errors import FtError, SpecError
 from ft_resources.ledger import Ledger
 from ft_resources.provenance import provenance
+from ft_resources.tracking import end_abandoned
 from ft_resources.training_runs import TrainingRun
 from ft_resources.usage import Usage
 
@@ -39,6 +40,7 @@ def recorded(
             )
         )
         if isinstance(error, WorkerDied):  # it had no time to say why itself
+            end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
             write_results(
                 results_folder(environment, job["made_from"]["task"], job["run_name"]),
                 config=job["made_from"]["settings"],

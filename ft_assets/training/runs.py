@@ -119,6 +119,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     world: World | None = None,
     memory: int | None = None,
+    kept: dict[int, torch.Tensor] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
 ) -> Trained:
@@ -127,6 +128,8 @@ def fit(
     Args:
         describe: Further entries of `adapter.json`, such as task and origins of the settings.
         device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
+        kept: Filled with what the layers below `lora.top_layers` give, by the number of the row. Runs on the same data,
+            base, `lora.top_layers`, precision and speed settings may share one, and compute it once.
 
     Raises:
         TrainingError: The loss is not finite, or the settings do not fit the base model.
@@ -136,7 +139,7 @@ def fit(
     seeded(settings.training.seed, where)
     dtype = pick_dtype(settings.training.precision, where)
     classification = rows.kind == "text-classification"
-    body = Body(base, settings, where, dtype, causal=not classification)
+    body = Body(base, settings, where, dtype, causal=not classification, kept=kept)
     targets = [one.target for one in data.training.examples]
     learner: Learner = AnswerLearner(body, settings)
     if classification:

@@ -132,6 +132,7 @@ class Workshop:
         self._budget, self._parent = budget, parent
         self._lake, self._made = Lake(job["lake"]), job["made_from"]
         self._data: dict[tuple[str, int], Data] = {}
+        self._kept: tuple[str, dict[int, torch.Tensor]] = "", {}
         with budget.charging():
             self._rows = task_rows(self._lake, self._made)
         if self._rows.validation.empty:
@@ -180,6 +181,15 @@ class Workshop:
     def _made_from(self, settings: Settings, share: float) -> dict[str, Any]:
         own = {"settings": settings.model_dump(mode="json"), "base": resolve(settings.base.model).digest}
         return {**self._made, **own, **({"share": share} if share < 1 else {})}
+
+    def _lower(self, made: Mapping[str, Any], share: float) -> dict[int, torch.Tensor]:
+        """What frozen layers gave in the last training, if it is the same for this one; one at a time is kept."""
+        settings = made["settings"]
+        same = [settings["lora"]["top_layers"], settings["training"]["precision"], settings["speed"]]
+        key = digest_of([made["base"], settings["base"]["max_tokens"], share, *same])
+        if self._kept[0] != key:
+            self._kept = key, {}
+        return self._kept[1]
 
     def _part(self, data: Data, settings: Settings, share: float) -> Data:
         if share == 1:
@@ -275,6 +285,7 @@ class Workshop:
                         },
                         device=self._environment.device,
                         memory=memory_of(self._environment),
+                        kept=self._lower(made, share),
                         on_step=reporter.step,
                         on_epoch=on_epoch,
                     )

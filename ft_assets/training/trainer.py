@@ -24,6 +24,7 @@ from ft_assets.training.examples import Example
 from ft_assets.training.learners import Learner
 from ft_assets.training.recipes import Settings, TrainingSettings
 from ft_resources.errors import OutOfMemory, TrainingError
+from ft_resources.usage import peak_memory
 
 PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
 """Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
@@ -247,7 +248,7 @@ class Trainer:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise self._out_of_memory(part) from error
             total += loss.detach().double().cpu()
-            if self.memory is not None and _peak_memory() > self.memory:
+            if self.memory is not None and peak_memory() > self.memory:
                 raise self._out_of_memory(part)
         for weight in self.weights.values():
             if weight.grad is None:
@@ -319,7 +320,7 @@ class Trainer:
             free, total = torch.cuda.mem_get_info(device)
             used = total - free
         else:
-            used, total = _peak_memory(), self.memory or 0
+            used, total = peak_memory(), self.memory or 0
         tokens = sum(len(one.ids) for one in part)
         return OutOfMemory(
             f"a pass over {len(part)} rows ({tokens} tokens) needs more memory than there is",
@@ -386,11 +387,3 @@ def _ends_politely() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _peak_memory() -> int:
-    """Bytes of memory this process held at most."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

