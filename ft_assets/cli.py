@@ -26,8 +26,10 @@ app = typer.Typer(
     help="Fine-tune LoRA adapters on your own rows: from a task file to a release that answers and is watched.",
 )
 task_app = typer.Typer(no_args_is_help=True, help="Task files: check, add, list.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: list, show their forms.")
 release_app = typer.Typer(no_args_is_help=True, help="What is live, what was live when, overrule, go back.")
 app.add_typer(task_app, name="task")
+app.add_typer(recipe_app, name="recipe")
 app.add_typer(release_app, name="release")
 WIDE = None if sys.stdout.isatty() else 200  # nothing is cut for a file or a pipe
 console = Console(highlight=False, soft_wrap=True, width=WIDE)
@@ -150,17 +152,63 @@ def task_list(home: HomeOption = None) -> None:
             complaints.print(f"[red]{error}[/red]")
 
 
+@recipe_app.command("list")
+def recipe_list(home: HomeOption = None) -> None:
+    """Every published recipe: what it trains, on which base model."""
+    with _told():
+        table = _table("recipe", "types", "base model", "description")
+        for one in _open(home).published_recipes():
+            table.add_row(f"{one.name}@{one.version}", ", ".join(one.types), one.settings.base.model, one.description)
+        console.print(table)
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    basic: Annotated[bool, typer.Option("--basic/--advanced", help="Five fields, or every setting.")] = True,
+    home: HomeOption = None,
+) -> None:
+    """The form that fills in a recipe, as JSON Schema with the recipe's values as defaults."""
+    with _told():
+        found = _open(home).recipe_form(recipe, "basic" if basic else "advanced")
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
 @app.command()
 def run(
     task: TaskArgument,
     only: Annotated[list[str] | None, typer.Option("--only", help="Materialise just this asset; repeatable.")] = None,
     because: Because = "asked for with ft run",
+    detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and leave it running.")] = False,
+    run_id: Annotated[str | None, typer.Option("--run-id", hidden=True)] = None,
     home: HomeOption = None,
 ) -> None:
     """Take a task from its raw rows through training, evaluation and gates to a live release."""
     with _told():
-        outcome = _open(home).materialise(task, only=only or (), because=because, show=show_line)
+        if detach:
+            submitted = _open(home).submit(task, only=only or (), because=because)
+            console.print(submitted)
+            complaints.print(f"Follow it with: ft watch {submitted[:8]}. Its state: ft status {submitted[:8]}")
+            return
+        outcome = _open(home).materialise(task, only=only or (), because=because, show=show_line, run_id=run_id)
         _verdict(outcome, task, home)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="As of ft watch; without one, the newest runs.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """How a run stands, or the newest ones. Exit code 1 if the one that was asked for failed."""
+    with _told():
+        from ft_assets.watching import line
+
+        platform = _open(home)
+        states = [platform.status(run)] if run else platform.recent()
+        for state in states:
+            console.print(line(state), markup=False)
+    if run and states[0].succeeded is False:
+        raise typer.Exit(1)
 
 
 @app.command()

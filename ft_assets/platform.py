@@ -16,12 +16,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +31,12 @@ from ft_assets import lineage
 from ft_assets.evaluation.report import EvalReport
 from ft_assets.evaluation.stored import read_report
 from ft_assets.release import promotion
+from ft_assets.submitting import Submission, Submissions
 from ft_assets.tasks import FilesSource, Task, TaskFolders
 from ft_assets.training import recipes, search
+from ft_assets.training.continuing import check_incremental
 from ft_assets.training.failures import failed_results
+from ft_assets.training.jobs import ACTOR
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import ArtefactError, FtError, GateRefusal, SpecError
@@ -47,9 +52,10 @@ if TYPE_CHECKING:
     from bento.request_log import Prediction
     from bento.scorer import Scorer
     from ft_assets.following import Line
+    from ft_assets.training.forms import Level
     from ft_assets.training.planning import Plan
     from ft_assets.training.reproduce import Reproduction
-    from ft_assets.watching import Watched
+    from ft_assets.watching import State, Watched
     from ft_resources.training_runs import Grouping
 
 
@@ -122,6 +128,10 @@ class Platform:
         return BentoStore(self.environment)
 
     @cached_property
+    def _submissions(self) -> Submissions:
+        return Submissions(self.environment)
+
+    @cached_property
     def instance(self) -> "dg.DagsterInstance":
         """The Dagster instance that the UI and the daemon share."""
         import dagster as dg
@@ -146,7 +156,9 @@ class Platform:
         """
         task = Task(Path(path))
         resolved = recipes.resolve(task)
+        recipes.require_published(self.lake, resolved.template, publish=False)
         search.check_space(task, resolved)
+        check_incremental(task, resolved)
         resolve_base(resolved.settings.base.model)
         return task, resolved
 
@@ -172,6 +184,24 @@ class Platform:
         self.ledger.audit(self.environment.actor, "add_task", task.name, task.path.name, {})
         return self.tasks.get(task.name)
 
+    def published_recipes(self) -> list[recipes.Recipe]:
+        """Every published recipe."""
+        return [recipes.load(reference)[1] for reference in recipes.known()]
+
+    def recipe_form(self, name: str, level: "Level" = "basic") -> dict[str, Any]:
+        """The form that fills in a recipe, as JSON Schema; `recipes.from_form` takes what was filled in.
+
+        Args:
+            name: NAME@VERSION.
+            level: `basic`: five fields at most; `advanced`: every setting.
+
+        Raises:
+            SpecError: There is no such recipe, or no such level.
+        """
+        from ft_assets.training.forms import form
+
+        return form(name, level)
+
     # -- runs ---------------------------------------------------------------------------------------------------
 
     def materialise(
@@ -181,6 +211,7 @@ class Platform:
         only: Sequence[str] = (),
         because: str = "asked for through the Python API",
         show: "Callable[[Line], None] | None" = None,
+        run_id: str | None = None,
     ) -> Outcome:
         """Run the graph of one task, from its raw rows to a live release.
 
@@ -189,9 +220,11 @@ class Platform:
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.
             show: Called with every line of progress.
+            run_id: A UUID for the Dagster run; default a new one.
 
         Raises:
-            SpecError: There is no such task.
+            SpecError: There is no such task, or no such asset.
+            PlatformBusy: Another run works on this task.
         """
         found = self.tasks.get(task)
         name = found.name
@@ -207,7 +240,73 @@ class Platform:
                 mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
             )
         self.instance.add_dynamic_partitions("task", [name])
-        return self._execute("train_and_release", name, only, {"ft/because": because}, show)
+        return self._execute("train_and_release", name, only, {"ft/because": because}, show, run_id)
+
+    def submit(self, task: str, *, only: Sequence[str] = (), because: str = "submitted through the Python API") -> str:
+        """Start a run like `materialise` in a process that outlives this one, and return its id at once.
+
+        Follow it with `status` or `watched`; what it prints is kept in `FT_HOME/submitted/RUN/log.txt`.
+
+        Args:
+            only: As of `materialise`; an unknown name ends the run before it begins.
+
+        Raises:
+            SpecError: There is no such task.
+            PlatformBusy: Another run works on it.
+        """
+        name = self.tasks.get(task).name
+        for one in self._submissions.all():
+            if one.task == name and one.is_here and one.alive:
+                raise self._busy(name, one.run_id)
+        self._require_idle(name)
+        return self._submissions.start(name, only, because).run_id
+
+    def status(self, run: str) -> "State":
+        """A run as it is now, also one that was submitted a moment ago.
+
+        A submitted run whose process is gone has failed, and is told to Dagster as such.
+
+        Args:
+            run: As of `watched`.
+
+        Raises:
+            UnknownRun: No run is called so, or several ids start so.
+        """
+        submission = self._submissions.find(run)
+        if submission is None:
+            return self.watched(run).read()
+        if not submission.alive:
+            self._bury(submission)
+        begun = self.instance.has_run(submission.run_id)
+        return self.watched(run).read() if begun else _before_it_began(submission)
+
+    def recent(self, most: int = 10) -> "list[State]":
+        """The newest runs, those among them that were submitted and have not begun."""
+        from ft_assets.watching import State
+
+        found = [
+            (
+                record.create_timestamp,
+                State(
+                    f"{(run := record.dagster_run).tags.get('dagster/partition', run.job_name)} {run.run_id[:8]}",
+                    run.status.value,
+                    run.is_success if run.is_finished else None,
+                ),
+            )
+            for record in self.instance.get_run_records(limit=most)
+        ]
+        found += [
+            (datetime.fromisoformat(one.submitted), _before_it_began(one))
+            for one in islice(self._submissions.all(), most)
+            if not self.instance.has_run(one.run_id)
+        ]
+        return [state for _, state in sorted(found, key=lambda one: one[0], reverse=True)[:most]]
+
+    def _bury(self, submission: Submission) -> None:
+        """Close the run of a process that ended without doing so: it would keep its task busy for ever."""
+        run = self.instance.get_run_by_id(submission.run_id)
+        if run is not None and not run.is_finished:
+            self.instance.report_run_failed(run, f"its process ended: {submission.last_words()}")
 
     def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
         """Compact and judge one day (ISO) of a task's traffic."""
@@ -224,23 +323,38 @@ class Platform:
             )
         return self._execute("monitor_day", monitoring_key(name, day), (), {}, show)
 
-    def _execute(
-        self, job: str, key: str, only: Sequence[str], tags: dict[str, str], show: "Callable[[Line], None] | None"
-    ) -> Outcome:
+    def _require_idle(self, key: str) -> None:
         import dagster as dg
 
         from ft_assets.automation import ACTIVE
+
+        others = self.instance.get_runs(dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": key}), limit=1)
+        if others:
+            raise self._busy(key, others[0].run_id)
+
+    def _busy(self, key: str, run_id: str) -> PlatformBusy:
+        return PlatformBusy(
+            f"run {run_id} of '{key}' is under way",
+            where=str(self.environment.home),
+            mend="Wait for it, or end it in the UI.",
+        )
+
+    def _execute(
+        self,
+        job: str,
+        key: str,
+        only: Sequence[str],
+        tags: dict[str, str],
+        show: "Callable[[Line], None] | None",
+        run_id: str | None = None,
+    ) -> Outcome:
+        import dagster as dg
+
         from ft_assets.definitions import defs
         from ft_assets.following import Line, following
 
-        others = self.instance.get_runs(dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": str(key)}), limit=1)
-        if others:
-            raise PlatformBusy(
-                f"run {others[0].run_id} of '{key}' is under way",
-                where=str(self.environment.home),
-                mend="Wait for it, or end it in the UI.",
-            )
-        run_id, seen = str(uuid.uuid4()), list[Line]()
+        self._require_idle(str(key))
+        run_id, seen = run_id or str(uuid.uuid4()), list[Line]()
 
         def watch(line: Line) -> None:
             seen.append(line)
@@ -252,7 +366,7 @@ class Platform:
                 run_id=run_id,
                 partition_key=key,
                 instance=self.instance,
-                tags=tags,
+                tags={ACTOR: self.environment.actor, **tags},
                 asset_selection=[dg.AssetKey(name) for name in only] or None,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                 raise_on_error=False,
@@ -263,11 +377,23 @@ class Platform:
     def watched(self, run: str) -> "Watched":
         """A run to watch: Dagster run id or the start of one, task name (its newest run), or MLflow run id.
 
-        Raises:
-            UnknownRun: No run is called so, or several ids start so; it lists the newest ones.
-        """
-        from ft_assets.watching import Watched
+        One that was submitted a moment ago is waited for, until its process has begun it.
 
+        Raises:
+            UnknownRun: No run is called so, or several ids start so; it lists the newest ones. Or a submitted run's
+                process ended before it began.
+        """
+        from ft_assets.watching import UnknownRun, Watched
+
+        submission = self._submissions.find(run)
+        while submission is not None and not self.instance.has_run(submission.run_id):
+            if not submission.alive:
+                raise UnknownRun(
+                    f"run {submission.run_id} ended before it began: {submission.last_words()}",
+                    where=str(submission.log),
+                    mend="Mend that and submit again.",
+                )
+            time.sleep(0.2)
         return Watched(self.environment.mlflow, self.instance, run)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -480,6 +606,15 @@ class Platform:
         )
         self.registry.set_alias(name, "champion", release["model_version"])
         return release
+
+
+def _before_it_began(submission: Submission) -> "State":
+    from ft_assets.watching import State
+
+    name = f"{submission.task} {submission.run_id[:8]}"
+    if submission.alive:
+        return State(name, "SUBMITTED", None)
+    return State(name, f"FAILED before it began: {submission.last_words()}", False)
 
 
 def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:

@@ -287,6 +287,9 @@ class TaskSpec(Strict):
     system: str = Field("", description="text-generation: system prompt of conversations that have none.")
     recipe: str = Field(description="Recipe and version, such as encoder-lora@1.")
     overrides: dict[str, Any] = Field(default_factory=dict, description="Recipe values this task changes.")
+    retraining: Literal["full", "incremental"] = Field(
+        "full", description="incremental: start from the weights of the live adapter instead of fresh ones."
+    )
     sources: list[Source] = Field(min_length=1, description="Where the rows come from, in order.")
     cleaning: CleaningSpec = Field(default_factory=CleaningSpec)
     split: SplitSpec = Field(default_factory=SplitSpec)

@@ -6,7 +6,8 @@ import pytest
 from ft_assets.specs import YamlFile
 from ft_assets.tasks import Task
 from ft_assets.training.batching import length_grouped
-from ft_assets.training.recipes import Recipe, resolve, with_values
+from ft_assets.training.recipes import Recipe, Settings, resolve, with_values
+from ft_assets.training.reporting import flat
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
 
@@ -65,29 +66,16 @@ def test_each_value_comes_from_the_task_or_the_recipe_or_is_the_default(recipes:
     task = write_task("  lora:\n    rank: 8\n    target_modules: all-linear\n  training:\n    epochs: 1")
     resolved = resolve(task, recipes)
     assert resolved.template == "small@2"
-    assert resolved.settings.model_dump() == {
-        "base": {"model": "package:base/model", "max_tokens": 128, "pooling": "cls"},
-        "lora": {"rank": 8, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False},
-        "training": {
-            "epochs": 1,
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "head_learning_rate": 5e-3,
-            "weight_decay": 0.01,
-            "warmup_share": 0.1,
-            "label_smoothing": 0.05,
-            "max_grad_norm": 1.0,
-            "class_weighting": "none",
-            "precision": "auto",
-            "seed": 0,
-        },
+    told = {
+        "base": {"model": "package:base/model", "pooling": "cls"},
+        "lora": {"rank": 8, "target_modules": "all-linear"},
+        "training": {"epochs": 1, "learning_rate": 1e-3},
     }
+    assert resolved.settings == Settings.model_validate(told)
     of_recipe = ("base.model", "base.pooling", "training.learning_rate")
     of_task = {"lora.rank": 7, "lora.target_modules": 8, "training.epochs": 10}
     assert resolved.origins == {
-        **dict.fromkeys(
-            [f"{part}.{key}" for part, values in resolved.settings.model_dump().items() for key in values], "default"
-        ),
+        **dict.fromkeys(flat(resolved.settings.model_dump()), "default"),
         **dict.fromkeys(of_recipe, "recipe small@2"),
         **{name: f"task {task.path.name}:{line}" for name, line in of_task.items()},
     }

@@ -11,10 +11,12 @@ from ft_assets.partitions import task_partitions
 from ft_assets.plots import loss_curve
 from ft_assets.tasks import Task
 from ft_assets.training import search, search_plots
+from ft_assets.training.continuing import check_incremental, parent_of
+from ft_assets.training.failures import CONFIG, results_folder
 from ft_assets.training.identity import TRAINER
-from ft_assets.training.jobs import inputs_of, job, made_from
+from ft_assets.training.jobs import inputs_of, job, made_from, trace_record, traced
 from ft_assets.training.planning import relieved
-from ft_assets.training.recipes import Resolved, resolve, with_values
+from ft_assets.training.recipes import Resolved, require_published, resolve, with_values
 from ft_assets.training.records import recorded
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment
@@ -48,12 +50,13 @@ def search_results(
     with typed_failures():
         task = task_named(environment, context.partition_key)
         spec, resolved = task.spec.search, resolve(task)
-        recipe = made_from(task, resolved, inputs_of(lake, task), environment)
+        recipe = _made(context, lake, ledger, environment, task, resolved, inputs_of(lake, task))
 
         def write(folder: Path) -> None:
             found = search.untrained()
             if search.needed(spec):
                 described = search.job(recipe, task, resolved, environment, context.run.run_id)
+                described = traced(described, _trace(context, resolved, "trials.json of search_results"))
                 found = compute.run(context, SEARCH_WORKER, described)
                 for run in search.training_runs(described, found):
                     ledger.record_training(run)
@@ -103,6 +106,7 @@ def adapter(
         lake.set_head(task.name, "adapter", artefact.digest, context.run.run_id)
         history = artefact.json("training.json")
         best = history["validation"][history["best_epoch"] - 1]
+        config = str(Path(report["results"]) / CONFIG) if report else f"{artefact.uri}/adapter.json"
         return result(
             artefact,
             {
@@ -116,10 +120,38 @@ def adapter(
                 "size_megabytes": sum(entry["size"] for entry in artefact.files.values()) / 1e6,
                 "loss_curve": image(_loss_curve(history), "loss"),
                 "settings": dg.MetadataValue.json(artefact.made_from["settings"]),
+                "trace_record": dg.MetadataValue.json(_trace(context, chosen, config)),
+                **({"parent": parent} if (parent := artefact.made_from.get("parent")) else {}),
                 "origins": dg.MetadataValue.json(dict(chosen.origins)),
                 "mlflow": f"experiment ft/{task.name}, run with tag adapter {artefact.digest}; see it with: ft mlflow",
             },
         )
+
+
+def _made(
+    context: dg.AssetExecutionContext,
+    lake: Lake,
+    ledger: Ledger,
+    environment: Environment,
+    task: Task,
+    resolved: Resolved,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """What the adapter is made from, with the adapter that it starts from where the task wants that."""
+    require_published(lake, resolved.template)
+    check_incremental(task, resolved)
+    made = made_from(task, resolved, inputs, environment)
+    parent = parent_of(task, made, lake, ledger)
+    if task.spec.retraining == "incremental":
+        start = f"the weights of adapter {short(parent)}" if parent else "fresh weights: none is live that knew less"
+        context.log.info(f"incremental retraining starts from {start}")
+    return made_from(task, resolved, inputs, environment, parent)
+
+
+def _trace(context: dg.AssetExecutionContext, resolved: Resolved, config: str) -> dict[str, Any]:
+    record = context.instance.get_run_record_by_id(context.run.run_id)
+    assert record is not None  # it is the run that asks
+    return trace_record(resolved, context.run.run_id, context.run.tags, record.create_timestamp, config)
 
 
 def _used(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,12 +192,14 @@ def _train(
     """
     resume = ""
     while True:
-        made = made_from(task, resolved, inputs, environment)
+        made = _made(context, lake, ledger, environment, task, resolved, inputs)
         found = lake.find("adapter", made)
         if found is not None:
             context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
             return found, {}
         described = job(made, resolved, environment, context.run.run_id, resume=resume)
+        folder = results_folder(environment, task.name, described["run_name"])
+        described = traced(described, _trace(context, resolved, str(folder / CONFIG)))
         try:
             with recorded(ledger, environment, described) as record:
                 report = compute.run(context, WORKER, described, processes=environment.processes)

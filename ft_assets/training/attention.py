@@ -75,9 +75,9 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty [heads, tokens, width] whose memory lies token by token, as the next layer reads it."""
+    """Zeros [heads, tokens, width] whose memory lies token by token, as the next layer reads it."""
     heads, tokens, width = tensor.shape
-    return tensor.new_empty(tokens, heads, width).transpose(0, 1)
+    return tensor.new_zeros(tokens, heads, width).transpose(0, 1)
 
 
 def _fold(tensor: torch.Tensor, start: int, end: int, groups: int) -> torch.Tensor:
@@ -124,7 +124,8 @@ def _segments_library(
         )
         for start, end in _bounds
     ]
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    filled = torch.nn.functional.pad(torch.cat(outputs, 2), (0, 0, 0, query.shape[2] - _bounds[-1][1]))
+    return filled.transpose(1, 2), None
 
 
 def _is_causal(module: torch.nn.Module) -> bool:

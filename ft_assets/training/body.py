@@ -5,10 +5,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul
@@ -21,6 +24,8 @@ from ft_resources.base_models import BaseModel
 from ft_resources.errors import TrainingError
 
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+ROUND_TOKENS = 64
+"""A pack is filled up to a multiple of this: matrix libraries build kernels for every new shape."""
 EXACT = 0.05
 """Largest difference between packed and padded states that counts as rounding, relative to their size."""
 
@@ -72,6 +77,22 @@ class Body:
         """What the optimiser changes, by name."""
         return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
 
+    def start_from(self, adapter: Path) -> None:
+        """Take over the low-rank weights of the adapter in this folder, which has the shape of this one.
+
+        Raises:
+            TrainingError: It has others.
+        """
+        assert self.adapted is not None
+        given, own = load_file(adapter / SAFETENSORS_WEIGHTS_NAME), get_peft_model_state_dict(self.adapted)
+        if {name: one.shape for name, one in given.items()} != {name: one.shape for name, one in own.items()}:
+            raise TrainingError(
+                "the weights of the adapter to start from have other names or shapes",
+                where=str(adapter),
+                mend="Set retraining to full in the task file.",
+            )
+        set_peft_model_state_dict(self.adapted, given)
+
     def keep_lower(self, examples: Sequence[Example], budget: int) -> int:
         """Compute once what the frozen lower layers give for `examples`; returns its size in bytes.
 
@@ -122,8 +143,11 @@ class Body:
 
     def _forward(self, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            ids = torch.tensor([[token for row in rows for token in row]], device=self.device)
-            places = torch.tensor([[place for row in rows for place in range(len(row))]], device=self.device)
+            spare = -sum(map(len, rows)) % ROUND_TOKENS
+            ids = torch.tensor([[token for row in rows for token in row] + [0] * spare], device=self.device)
+            places = torch.tensor(
+                [[place for row in rows for place in range(len(row))] + [0] * spare], device=self.device
+            )
             output: torch.Tensor = self.inner(
                 input_ids=ids, position_ids=places + self._first_place()
             ).last_hidden_state
@@ -141,11 +165,12 @@ class Body:
         return torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
 
     def _flat(self, states: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
-        return states[0] if self.packed else states[self._mask(rows)]
+        return states[0, : sum(map(len, rows))] if self.packed else states[self._mask(rows)]
 
     def _batched(self, flat: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            return flat.unsqueeze(0)
+            spare = -len(flat) % ROUND_TOKENS
+            return torch.nn.functional.pad(flat, (0, 0, 0, spare)).unsqueeze(0)
         mask = self._mask(rows)
         states = flat.new_zeros(*mask.shape, flat.shape[-1])
         states[mask] = flat

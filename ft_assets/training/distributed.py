@@ -51,6 +51,19 @@ class World:
         for tensor, part in zip(every, flat.split([tensor.numel() for tensor in every]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def shard(self, layers: Iterable[torch.nn.Module], root: torch.nn.Module) -> None:
+        """Divide the frozen weights of `layers`, and of what is left in `root`, among the processes (FSDP).
+
+        A layer's weights are gathered when it computes and given back afterwards. Trained weights stay whole.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        trained = {weight for weight in root.parameters() if weight.requires_grad}
+        for module in (*layers, root):
+            fully_shard(module, ignored_params=trained)
+
     def agree(self, flag: bool) -> bool:
         """Whether any process says so: all must leave a loop at the same step."""
         if self.size == 1:

@@ -35,6 +35,7 @@ from ft_resources.usage import GIGABYTE, Sample, Usage
 
 LOG_LINES = 2000
 TRACEBACK_LINES = 60
+CONFIG = "config.yaml"
 FAILURE = "failure.json"
 RESOURCES = "resources.csv"
 """The file for `Meter(file=...)`: what it holds outlives a worker that is killed."""
@@ -121,7 +122,7 @@ def write_results(
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = log.splitlines() if isinstance(log, str) else [part for entry in log for part in entry.splitlines()]
-    (folder / "config.yaml").write_text(_yaml(mask(config), origins), encoding="utf-8")
+    (folder / CONFIG).write_text(_yaml(mask(config), origins), encoding="utf-8")
     _write_json(folder / "metrics.json", metrics)
     # in one piece: a private key spans lines
     (folder / "logs.txt").write_text(mask_text("\n".join(lines[-LOG_LINES:])) + "\n", encoding="utf-8")

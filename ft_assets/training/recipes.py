@@ -1,7 +1,8 @@
 """Recipes: versioned training templates, and merging one with what a task overrides."""
 
 import difflib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from ft_assets.specs import Strict, YamlFile
 from ft_assets.tasks import Task, Type
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
-from ft_resources.lake import digest_of
+from ft_resources.lake import Lake, canonical, digest_of
 
 
 class BaseSettings(Strict):
@@ -74,6 +75,9 @@ class SpeedSettings(Strict):
     fused_lora: bool = Field(True, description="One operation for a linear layer with its low-rank update.")
     labelled_tokens_only: bool = Field(True, description="Vocabulary logits of the answer's tokens only.")
     fused_cross_entropy: bool = Field(True, description="Loss and gradient of the vocabulary logits in slices.")
+    sharding: bool = Field(
+        False, description="Divide the frozen base among the processes that train together (FSDP): less memory each."
+    )
     cache_frozen: bool = Field(True, description="Keep what the layers below lora.top_layers give for each row.")
 
 
@@ -106,7 +110,7 @@ class Resolved:
     template_digest: str
     settings: Settings
     origins: Mapping[str, str]
-    """Dotted path of every value -> `recipe ...`, `task FILE:LINE`, `search trial N` or `default`."""
+    """Dotted path of every value -> `recipe ...`, `task FILE:LINE`, `form`, `search trial N` or `default`."""
 
 
 def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
@@ -117,17 +121,7 @@ def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
     """
     reference = task.spec.recipe
     where = task.file.where(("recipe",))
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if reference not in known:
-        near = difflib.get_close_matches(reference, known, n=1, cutoff=0.3)
-        hint = f"Did you mean '{near[0]}'? " if near else ""
-        raise SpecError(f"there is no recipe '{reference}'", where=where, mend=f"{hint}Known: {', '.join(known)}.")
-    file = YamlFile(folder / f"{reference}.yaml")
-    recipe = file.parse(Recipe)
-    if f"{recipe.name}@{recipe.version}" != reference:
-        raise SpecError(
-            f"the file declares {recipe.name}@{recipe.version}", where=str(file.path), mend="Rename the file to match."
-        )
+    file, recipe = load(reference, folder, where=where)
     if task.spec.type not in recipe.types:
         raise SpecError(
             f"recipe {reference} does not train {task.spec.type}",
@@ -137,15 +131,123 @@ def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
     template = file.values["settings"]
     merged = _merge(template, task.spec.overrides)
     settings = task.file.validate(Settings, merged, below=("overrides",))
-    origins = {}
-    for path in _leaves(settings.model_dump()):
-        if _has(task.spec.overrides, path):
-            origins[".".join(path)] = f"task {task.path.name}:{task.file.line(('overrides', *path))}"
-        elif _has(template, path):
-            origins[".".join(path)] = f"recipe {reference}"
-        else:
-            origins[".".join(path)] = "default"
+    origins = _origins(
+        reference,
+        settings,
+        template,
+        task.spec.overrides,
+        lambda path: f"task {task.path.name}:{task.file.line(('overrides', *path))}",
+    )
     return Resolved(reference, digest_of(file.values), settings, origins)
+
+
+def known(folder: Path = RECIPES) -> list[str]:
+    """Every published recipe, as NAME@VERSION."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load(reference: str, folder: Path = RECIPES, *, where: str = "recipe") -> tuple[YamlFile, Recipe]:
+    """The file of a recipe, and what it says.
+
+    Raises:
+        SpecError: There is no such recipe, or its file declares another one.
+    """
+    if reference not in known(folder):
+        near = difflib.get_close_matches(reference, known(folder), n=1, cutoff=0.3)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        mend = f"{hint}Known: {', '.join(known(folder))}."
+        raise SpecError(f"there is no recipe '{reference}'", where=where, mend=mend)
+    file = YamlFile(folder / f"{reference}.yaml")
+    recipe = file.parse(Recipe)
+    if f"{recipe.name}@{recipe.version}" != reference:
+        raise SpecError(
+            f"the file declares {recipe.name}@{recipe.version}", where=str(file.path), mend="Rename the file to match."
+        )
+    return file, recipe
+
+
+PUBLISHED = "recipe"
+"""Artefact of a recipe as it was when it was first trained with."""
+
+
+def require_published(lake: Lake, reference: str, folder: Path = RECIPES, *, publish: bool = True) -> None:
+    """Check that a recipe is what it was when it was first used, and keep it as that on the first use.
+
+    Args:
+        publish: Whether this is a use; False only checks.
+
+    Raises:
+        SpecError: It was changed since.
+    """
+    file, _ = load(reference, folder)
+    first = lake.find(PUBLISHED, {"recipe": reference})
+    if first is None:
+        if publish:
+            with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
+                (Path(scratch) / "recipe.json").write_bytes(canonical(file.values))
+                lake.publish(PUBLISHED, Path(scratch), {"recipe": reference})
+        return
+    if first.read("recipe.json") != canonical(file.values):
+        raise SpecError(
+            f"recipe {reference} is not what it was when it was first trained with",
+            where=str(file.path),
+            mend=f"Give what changed a new version; {first.uri}/recipe.json holds the published one.",
+        )
+
+
+BASIC = {
+    "base_model": "base.model",
+    "epochs": "training.epochs",
+    "learning_rate": "training.learning_rate",
+    "rank": "lora.rank",
+    "max_tokens": "base.max_tokens",
+}
+"""Fields of the basic form -> path of the value they set."""
+FORM = "form"
+"""Origin of a value that was filled in."""
+
+
+def from_form(reference: str, values: Mapping[str, Any], folder: Path = RECIPES) -> Resolved:
+    """A recipe merged with what was filled in.
+
+    Args:
+        values: Fields of the basic form by name, or sections of the advanced form, nested as `Settings`.
+
+    Raises:
+        SpecError: There is no such recipe, a field that is in neither form, or a value that is not allowed.
+    """
+    file, _ = load(reference, folder)
+    template = file.values["settings"]
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        *above, leaf = BASIC[name].split(".") if name in BASIC else [name]
+        nested = {leaf: value}
+        for parent in reversed(above):
+            nested = {parent: nested}
+        given = _merge(given, nested)
+    try:
+        settings = Settings.model_validate(_merge(template, given))
+    except ValidationError as error:
+        raise _refused(error, known_fields=[*BASIC, *Settings.model_fields]) from None
+    origins = _origins(reference, settings, template, given, lambda _: FORM)
+    return Resolved(reference, digest_of(file.values), settings, origins)
+
+
+def _refused(error: ValidationError, known_fields: list[str]) -> SpecError:
+    """The first complaint about a form, in the words of `SpecError`."""
+    first = error.errors()[0]
+    path = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        return SpecError(
+            f"field '{path}' is {first['input']!r}: {first['msg']}", where=FORM, mend="Fill in another value."
+        )
+    names = known_fields
+    if len(first["loc"]) > 1:
+        section = Settings.model_fields[str(first["loc"][0])].annotation
+        names = sorted(section.model_fields) if isinstance(section, type) and issubclass(section, Strict) else []
+    near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    return SpecError(f"field '{path}' is not known", where=FORM, mend=f"{hint}Known there: {', '.join(names)}.")
 
 
 def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:
@@ -178,7 +280,25 @@ def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> R
     )
 
 
-def _merge(template: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _origins(
+    reference: str,
+    settings: Settings,
+    template: Mapping[str, Any],
+    given: Mapping[str, Any],
+    origin: Callable[[tuple[str, ...]], str],
+) -> dict[str, str]:
+    """Dotted path of every value -> where it comes from; `origin` tells it of those that `given` has."""
+    return {
+        ".".join(path): origin(path)
+        if _has(given, path)
+        else f"recipe {reference}"
+        if _has(template, path)
+        else "default"
+        for path in _leaves(settings.model_dump())
+    }
+
+
+def _merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(template)
     for key, value in overrides.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -49,7 +49,7 @@ def recorded(
                 log=str(error),
                 usage=None,
                 curve=None,
-                provenance=provenance(),
+                provenance={**provenance(), "trace": job["trace"]},
                 failure=failure_of(error),
             )
         raise

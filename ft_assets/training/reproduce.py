@@ -1,4 +1,4 @@
-"""Training an adapter again from what it was made from, and saying whether it came out the same, or where it did not."""
+"""Training an adapter again from what it was made from, and saying whether and where it came out different."""
 
 import hashlib
 import tempfile
@@ -15,6 +15,8 @@ from ft_resources.errors import ArtefactError
 from ft_resources.lake import Artefact, Lake, short
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "head.safetensors")
+DESCRIBED = ("task", "template", "origins", "preparation", "exactness", "parent")
+"""Entries of `adapter.json` that a training does not tell itself."""
 LOSS_TOLERANCE = 1e-3
 """Largest difference of a step's loss where the adapter does not claim to be bit-exact."""
 
@@ -96,6 +98,7 @@ def reproduce(
     rows = task_rows(lake, made)
     data = tokenise(rows, base, settings.base.max_tokens)
     about = original.json("adapter.json")
+    parent = lake.open(made["parent"]) if "parent" in made else None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         trained = fit(
@@ -104,9 +107,10 @@ def reproduce(
             base,
             settings,
             folder,
-            describe={name: about[name] for name in ("task", "template", "origins", "preparation", "exactness")},
+            describe={name: about[name] for name in DESCRIBED if name in about},
             device=environment.device,
             memory=memory_of(environment),
+            parent=parent.folder if parent else None,
             on_step=lambda step: show(
                 f"step {step.step}/{step.steps}, loss {step.loss:.4f}, about {step.eta_seconds:.0f} s left"
             ),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bento.conversation import Field, extraction_messages, load
@@ -22,6 +22,7 @@ from ft_assets.training.body import Body
 from ft_assets.training.checkpoints import Checkpoints
 from ft_assets.training.distributed import World
 from ft_assets.training.examples import Tokenised, classified, conversations
+from ft_assets.training.frozen import layers_of
 from ft_assets.training.learners import AnswerLearner, ClassLearner, Learner
 from ft_assets.training.recipes import Settings
 from ft_assets.training.saving import save
@@ -120,6 +121,7 @@ def fit(
     world: World | None = None,
     memory: int | None = None,
     kept: dict[int, torch.Tensor] | None = None,
+    parent: Path | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
 ) -> Trained:
@@ -130,6 +132,7 @@ def fit(
         device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
         kept: Filled with what the layers below `lora.top_layers` give, by the number of the row. Runs on the same data,
             base, `lora.top_layers`, precision and speed settings may share one, and compute it once.
+        parent: Folder of an adapter whose weights, and head, this one starts from.
 
     Raises:
         TrainingError: The loss is not finite, or the settings do not fit the base model.
@@ -140,10 +143,16 @@ def fit(
     dtype = pick_dtype(settings.training.precision, where)
     classification = rows.kind == "text-classification"
     body = Body(base, settings, where, dtype, causal=not classification, kept=kept)
+    if settings.speed.sharding and world is not None:
+        world.shard(layers_of(body.inner)[1], body.inner)
     targets = [one.target for one in data.training.examples]
     learner: Learner = AnswerLearner(body, settings)
     if classification:
         learner = ClassLearner(body, settings, len(rows.labels), targets)
+    if parent is not None:
+        body.start_from(parent)
+        if isinstance(learner, ClassLearner):
+            learner.head.load_state_dict(load_file(parent / "head.safetensors"))
     trained = Trainer(
         learner,
         data.training.examples,

@@ -242,6 +242,7 @@ class Workshop:
         settings = resolved.settings
         part = self._part(self.data(settings), settings, share)
         key = digest_of(dict(made))
+        parent = self._lake.open(made["parent"]) if "parent" in made else None
         tags = {**self._job["tags"], TRAINED_FROM: key, PARENT: self._parent.run_id, "search_trial": name}
         if not publish:  # of this key is only who trained an adapter that is kept
             del tags[TRAINED_FROM]
@@ -282,10 +283,12 @@ class Workshop:
                             "origins": dict(resolved.origins),
                             "preparation": made["preparation"],
                             "exactness": exactness(self._environment.device),
+                            **({"parent": parent.digest} if parent else {}),
                         },
                         device=self._environment.device,
                         memory=memory_of(self._environment),
                         kept=self._lower(made, share),
+                        parent=parent.folder if parent else None,
                         on_step=reporter.step,
                         on_epoch=on_epoch,
                     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_assets.training.failures import RESOURCES, failure_of, results_folder, write_results
+from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
 from ft_assets.training.recipes import Settings
 from ft_assets.training.reporting import Log, Reporter, expected_device
 from ft_assets.worker import Progress, is_leader, serve
@@ -45,7 +46,8 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 import ft_assets.training.runs  # noqa: F401
 
                 tracked = opening.result()
-            report = _train(job, tracked, log)
+            with reclaimed_when_idle(IdleWatch(), log.lines, lambda: meter.now().get("gpu_utilisation"), log.warn):
+                report = _train(job, tracked, log)
         except BaseException as error:
             if tracked:
                 tracked.finish("FAILED")
@@ -55,13 +57,14 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 metrics={},
                 log=log.lines,
                 usage=meter.total(),
-                provenance=provenance(),
+                provenance={**provenance(), "trace": job["trace"]},
                 failure=failure_of(error),
             )
             raise
     usage, made_on = meter.total(), provenance()
     metrics = {**report["history"]["validation"][-1], "loss_last_step": report["history"]["loss"][-1]}
-    write_results(folder, **about, metrics=metrics, log=log.lines, usage=usage, provenance=made_on)
+    traced = {**made_on, "trace": job["trace"]}
+    write_results(folder, **about, metrics=metrics, log=log.lines, usage=usage, provenance=traced)
     return {
         **report,
         "mlflow_run": tracked.run_id,
@@ -83,6 +86,7 @@ def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict
     use_cores(world)
     settings = Settings.model_validate(made["settings"])
     base = resolve(settings.base.model)
+    parent = lake.open(made["parent"]) if "parent" in made else None
     rows = task_rows(lake, made)
     data = tokenise(rows, base, settings.base.max_tokens)
     reporter = Reporter(tracked, log, job, settings, data)
@@ -100,11 +104,13 @@ def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict
                 "origins": job["origins"],
                 "preparation": made["preparation"],
                 "exactness": exactness(environment.device),
+                **({"parent": parent.digest} if parent else {}),
             },
             device=environment.device,
             checkpoints=Checkpoints(lake, made["task"], job["key"], fallback=job["resume"]),
             world=world,
             memory=memory_of(environment),
+            parent=parent.folder if parent else None,
             on_step=reporter.step,
             on_epoch=reporter.epoch,
         )

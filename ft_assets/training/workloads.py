@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ft_assets.data.assembly import split_rows
 from ft_assets.data.cleaning import clean
 from ft_assets.data.forms import form_of
 from ft_assets.data.sources import read_sources

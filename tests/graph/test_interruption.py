@@ -1,48 +1,64 @@
-"""A training process that is killed: the run tries again by itself and ends with the bytes of an undisturbed one."""
+"""A training process that is killed: the run goes on by itself and ends with the bytes of an undisturbed one."""
 
-import threading
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import psutil
+import pytest
 
-from tests.graph.small_task import TASK, Built, open_home, write_task
+from ft_assets.platform import TRAINING_ASSETS
+from tests.graph.small_task import TASK, TASK_FILE, Built, open_home, write_task
 
-SPLITS = ["train_split", "validation_split", "test_split"]
-UP_TO_ADAPTER = ["raw_dataset", "clean_dataset", *SPLITS, "search_results", "adapter"]
+WEIGHTS = ("adapter_model.safetensors", "head.safetensors", "training.json")
+OFTEN = TASK_FILE.replace("epochs: 1,", "epochs: 1, checkpoint_minutes: 0.001,")
+"""The small task with a checkpoint after every step, nearly."""
 
 
-def kill_first_training(over: threading.Event, killed: list[int]) -> None:
-    """SIGKILL the first training worker below this process, once it has loaded its libraries and runs."""
-    while not over.wait(0.1):
+class Interruptor:
+    """Sends a signal to the training worker when the run's log shows one of its steps, as often as asked."""
+
+    def __init__(self, number: signal.Signals, times: int) -> None:
+        self.number, self.times = number, times
+        self.notes, self.hit = list[str](), list[int]()
+
+    def __call__(self, text: str) -> None:
+        self.notes.append(text)
+        if not text.startswith("step ") or len(self.hit) == self.times:
+            return
         for process in psutil.Process().children(recursive=True):
             try:
-                training = "ft_assets.training.worker" in process.cmdline()
-                if training and process.memory_info().rss > 300 * 1024 * 1024:
-                    process.kill()
-                    killed.append(process.pid)
-                    return
+                worker = "ft_assets.training.worker" in process.cmdline()
             except psutil.NoSuchProcess:
                 continue
+            if worker and process.pid not in self.hit:
+                os.kill(process.pid, self.number)
+                self.hit.append(process.pid)
 
 
-def test_a_killed_training_is_repeated_and_gives_the_same_bytes(
-    built: Built, tmp_path: Path, training_mails: pd.DataFrame
+def steps_told(notes: list[str]) -> list[int]:
+    return [int(note.split()[1].split("/")[0]) for note in notes if note.startswith("step ")]
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)])
+def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
+    number: signal.Signals, times: int, built: Built, tmp_path: Path, training_mails: pd.DataFrame
 ) -> None:
     platform = open_home(tmp_path / "home")
-    platform.add_task(write_task(tmp_path / "mine", rows=training_mails))
-    over, killed, notes = threading.Event(), list[int](), list[str]()
-    thread = threading.Thread(target=kill_first_training, args=(over, killed))
-    thread.start()
-    try:
-        outcome = platform.materialise(TASK, only=UP_TO_ADAPTER, show=lambda line: notes.append(line.text))
-    finally:
-        over.set()
-        thread.join()
-    assert killed
-    assert any("tried again" in note for note in notes)
+    platform.add_task(write_task(tmp_path / "mine", OFTEN, training_mails))
+    interruptor = Interruptor(number, times)
+    show: Callable[[object], None] = lambda line: interruptor(line.text)  # type: ignore[attr-defined]
+    outcome = platform.materialise(TASK, only=TRAINING_ASSETS, show=show)
+    assert len(interruptor.hit) == times
+    assert sum("tried again" in note for note in interruptor.notes) == times
     assert outcome.succeeded, outcome
     undisturbed = open_home(built.home).lake.require(TASK, "adapter")
     repeated = platform.lake.require(TASK, "adapter")
-    weights = ("adapter_model.safetensors", "head.safetensors", "training.json")
-    assert {name: repeated.files[name] for name in weights} == {name: undisturbed.files[name] for name in weights}
+    assert {name: repeated.files[name] for name in WEIGHTS} == {name: undisturbed.files[name] for name in WEIGHTS}
+    again = next(at for at, note in enumerate(interruptor.notes) if "tried again" in note)
+    before, after = steps_told(interruptor.notes[:again]), steps_told(interruptor.notes[again:])
+    assert after[0] > before[0], "it began anew instead of going on"
+    statuses = platform.experiments(TASK)["status"].tolist()
+    assert sorted(statuses) == ["FAILED"] * times + ["FINISHED"]

@@ -243,14 +243,20 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny:
     assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
 
 
-def test_two_processes_train_what_one_trains(tiny: Tiny, tmp_path: Path) -> None:
-    """torchrun with gloo, the same global batch: every loss and weight within 1e-5."""
+@pytest.mark.parametrize("sharding", ["", "yes"])
+def test_two_processes_train_what_one_trains(sharding: str, tiny: Tiny, tmp_path: Path) -> None:
+    """torchrun with gloo, the same global batch: every loss and weight within 1e-5. Sharded, each holds half the base."""
     script = Path(__file__).with_name("small_training.py")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SMALL_PRECISION": "fp32"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SMALL_PRECISION": "fp32", "SMALL_SHARDING": sharding}
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, launcher in (("one", []), ("two", several)):
         arguments = [tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name)]
-        subprocess.run([sys.executable, *launcher, str(script), *arguments], check=True, env=environment, timeout=300)
+        command = [sys.executable, *launcher, str(script), *arguments]
+        done = subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True, text=True)
+    told = [line.split() for line in done.stdout.splitlines() if line.startswith("held ")]
+    assert len(told) == 2
+    for _, held, _, whole in told:
+        assert 0.45 * int(whole) < int(held) < 0.55 * int(whole) if sharding else int(whole) == 0
     histories = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-5)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
