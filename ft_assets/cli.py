@@ -219,7 +219,7 @@ def plan(
 ) -> None:
     """What a training will take before it runs: tokens, memory, time, money; LoRA beside full fine-tuning."""
     with _told():
-        from ft_assets.training.planning import render
+        from ft_assets.training.planning.plan import render
 
         found = _open(home).plan(task)
         if as_json:

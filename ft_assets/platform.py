@@ -33,10 +33,11 @@ from ft_assets.evaluation.stored import read_report
 from ft_assets.release import promotion
 from ft_assets.submitting import Submission, Submissions
 from ft_assets.tasks import FilesSource, Task, TaskFolders
-from ft_assets.training import recipes, search
+from ft_assets.training import recipes
 from ft_assets.training.continuing import check_incremental
 from ft_assets.training.failures import failed_results
 from ft_assets.training.jobs import ACTOR
+from ft_assets.training.searching import trials as search
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import ArtefactError, FtError, GateRefusal, SpecError
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from bento.scorer import Scorer
     from ft_assets.following import Line
     from ft_assets.training.forms import Level
-    from ft_assets.training.planning import Plan
+    from ft_assets.training.planning.plan import Plan
     from ft_assets.training.reproduce import Reproduction
     from ft_assets.watching import State, Watched
     from ft_resources.training_runs import Grouping
@@ -513,7 +514,7 @@ class Platform:
         Raises:
             SpecError: There is no such task, or its base model is not there.
         """
-        from ft_assets.training.planning import plan
+        from ft_assets.training.planning.plan import plan
 
         return plan(self.lake, self.ledger, self.environment, self.tasks.get(task))
 

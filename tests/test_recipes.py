@@ -5,7 +5,7 @@ import pytest
 
 from ft_assets.specs import YamlFile
 from ft_assets.tasks import Task
-from ft_assets.training.batching import length_grouped
+from ft_assets.training.engine.batching import length_grouped
 from ft_assets.training.recipes import Recipe, Settings, resolve, with_values
 from ft_assets.training.reporting import flat
 from ft_resources.environments import RECIPES

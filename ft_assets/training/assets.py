@@ -10,14 +10,15 @@ from ft_assets.materialising import image, publish, result, table, task_named, t
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import loss_curve
 from ft_assets.tasks import Task
-from ft_assets.training import search, search_plots
 from ft_assets.training.continuing import check_incremental, parent_of
 from ft_assets.training.failures import CONFIG, results_folder
 from ft_assets.training.identity import TRAINER
 from ft_assets.training.jobs import inputs_of, job, made_from, trace_record, traced
-from ft_assets.training.planning import relieved
+from ft_assets.training.planning.plan import relieved
 from ft_assets.training.recipes import Resolved, require_published, resolve, with_values
 from ft_assets.training.records import recorded
+from ft_assets.training.searching import plots as search_plots
+from ft_assets.training.searching import trials as search
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment
 from ft_resources.errors import OutOfMemory
@@ -26,7 +27,7 @@ from ft_resources.ledger import Ledger
 
 GROUP = "2_training"
 WORKER = "ft_assets.training.worker"
-SEARCH_WORKER = "ft_assets.training.search_worker"
+SEARCH_WORKER = "ft_assets.training.searching.worker"
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL)
 """For a worker that died; a typed error forbids them."""
 

@@ -6,21 +6,7 @@ from importlib.metadata import version
 
 from ft_resources.environments import Environment, source_digest
 
-MODULES = (
-    "attention",
-    "batching",
-    "body",
-    "distributed",
-    "examples",
-    "frozen",
-    "fused_lora",
-    "learners",
-    "runs",
-    "saving",
-    "trainer",
-    "vocabulary_loss",
-)
-TRAINER = source_digest("bento/conversation.py", *(f"ft_assets/training/{name}.py" for name in MODULES))
+TRAINER = source_digest("bento/conversation.py", "ft_assets/training/engine")
 """Digest of the trainer's source: other training code makes another adapter."""
 
 

@@ -104,7 +104,7 @@ def reclaimed_when_idle(
     try:
         yield
     except Exception as error:
-        from ft_assets.training.trainer import Interrupted
+        from ft_assets.training.engine.trainer import Interrupted
 
         if asked.is_set() and isinstance(error, Interrupted):
             raise TrainingError(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ft_assets.training.failures import failure_of, results_folder, write_results
-from ft_assets.training.prices import cost
+from ft_assets.training.planning.prices import cost
 from ft_resources.compute import WorkerDied
 from ft_resources.environments import Environment
 from ft_resources.errors import FtError, SpecError

@@ -11,8 +11,8 @@ from ft_resources.provenance import code
 from ft_resources.tracking import TrackedRun
 
 if TYPE_CHECKING:
-    from ft_assets.training.runs import Data
-    from ft_assets.training.trainer import Step
+    from ft_assets.training.engine.runs import Data
+    from ft_assets.training.engine.trainer import Step
 
 
 class Log:

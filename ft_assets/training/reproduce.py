@@ -91,8 +91,8 @@ def reproduce(
             where=f"{short(base.digest)} now, {short(made['base'])} then",
             mend="Bring that base model back.",
         )
-    from ft_assets.training.distributed import World
-    from ft_assets.training.runs import fit, memory_of, task_rows, tokenise, use_cores
+    from ft_assets.training.engine.distributed import World
+    from ft_assets.training.engine.runs import fit, memory_of, task_rows, tokenise, use_cores
 
     use_cores(World())
     rows = task_rows(lake, made)
@@ -157,7 +157,7 @@ def _divergence(lake: Lake, adapter: str, trained: Any) -> tuple[int | None, tup
     """The first step after which checksums of trained tensors differ, and whose."""
     from safetensors.torch import load_file
 
-    from ft_assets.training.runs import TRACE
+    from ft_assets.training.engine.runs import TRACE
 
     kept = lake.find(TRACE, {"adapter": adapter})
     if kept is None:

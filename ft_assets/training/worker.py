@@ -43,7 +43,7 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 opening = pool.submit(
                     TrackedRun, job["mlflow"], job["made_from"]["task"], job["run_name"], job["tags"], live=meter.now
                 )
-                import ft_assets.training.runs  # noqa: F401
+                import ft_assets.training.engine.runs  # noqa: F401
 
                 tracked = opening.result()
             with reclaimed_when_idle(IdleWatch(), log.lines, lambda: meter.now().get("gpu_utilisation"), log.warn):
@@ -78,9 +78,9 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict[str, Any]:
-    from ft_assets.training.checkpoints import Checkpoints
-    from ft_assets.training.distributed import World
-    from ft_assets.training.runs import exactness, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
+    from ft_assets.training.engine.checkpoints import Checkpoints
+    from ft_assets.training.engine.distributed import World
+    from ft_assets.training.engine.runs import exactness, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
 
     environment, made, lake, world = Environment.read(), job["made_from"], Lake(job["lake"]), World.join()
     use_cores(world)

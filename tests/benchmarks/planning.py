@@ -116,9 +116,9 @@ def train(run: dict[str, Any], result: Path) -> None:
     from ft_resources.usage import Meter
 
     with Meter(seconds=0.2) as meter, tempfile.TemporaryDirectory() as folder:
-        from ft_assets.training.plan_worker import task_rows
+        from ft_assets.training.engine.runs import fit, tokenise
+        from ft_assets.training.planning.worker import task_rows
         from ft_assets.training.recipes import Settings
-        from ft_assets.training.runs import fit, tokenise
         from ft_resources.base_models import resolve
 
         settings, rows = Settings.model_validate(run["settings"]), task_rows(run)
@@ -131,8 +131,8 @@ def train(run: dict[str, Any], result: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    from ft_assets.training import workloads
-    from ft_assets.training.cost_model import Observation, calibrate
+    from ft_assets.training.planning import workloads
+    from ft_assets.training.planning.cost_model import Observation, calibrate
     from ft_resources.base_models import resolve
     from ft_resources.environments import Environment
 

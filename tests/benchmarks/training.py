@@ -5,8 +5,8 @@
     python tests/benchmarks/training.py answers    # SmolLM2-135M on question-answer rows; needs `pip install trl`
     python tests/benchmarks/training.py scaling    # one core and two
 
-Every measurement is a process of its own: one warm-up step, then optimiser steps of 16 rows, timed in CPU seconds of the
-whole process. Rounds alternate between the ways; the best round counts. Ratios are what to look at: machines differ.
+Every measurement is a process of its own: one warm-up step, then optimiser steps of 16 rows, timed in CPU seconds of
+the whole process. Rounds alternate between the ways; the best round counts. Ratios are what to look at: machines differ.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def task_rows(kind: str) -> Any:
 
     from ft_assets.data.sources import read_sources
     from ft_assets.tasks import Task
-    from ft_assets.training.runs import TaskRows
+    from ft_assets.training.engine.runs import TaskRows
 
     task = Task(REPOSITORY / "deployments" / "tasks" / f"{kind}.yaml")
     cache = Path(os.environ["FT_PACKAGE_CACHE"])
@@ -131,10 +131,10 @@ def ours(kind: str, model: str, speed: dict[str, Any], precision: str, steps: in
     import torch
 
     from bento.devices import pick_device, pick_dtype
-    from ft_assets.training.body import Body
-    from ft_assets.training.learners import AnswerLearner, ClassLearner
-    from ft_assets.training.runs import tokenise
-    from ft_assets.training.trainer import Trainer, seeded
+    from ft_assets.training.engine.body import Body
+    from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
+    from ft_assets.training.engine.runs import tokenise
+    from ft_assets.training.engine.trainer import Trainer, seeded
     from ft_resources.base_models import resolve
 
     told, rows, base = settings(model, speed, precision), task_rows(kind), resolve(model)
@@ -159,7 +159,7 @@ def naive(kind: str, model: str, steps: int) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from ft_assets.training.runs import tokenise
+    from ft_assets.training.engine.runs import tokenise
     from ft_resources.base_models import resolve
 
     base, rows = resolve(model), task_rows(kind)
@@ -241,7 +241,7 @@ def trl(model: str, steps: int, *, tuned: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ft_assets.training.runs import tokenise
+    from ft_assets.training.engine.runs import tokenise
     from ft_resources.base_models import resolve
 
     torch.set_num_threads(int(os.environ["THREADS"]))

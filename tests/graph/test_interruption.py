@@ -2,13 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
+from ft_assets.following import Line
 from ft_assets.platform import TRAINING_ASSETS
 from tests.graph.small_task import TASK, TASK_FILE, Built, open_home, write_task
 
@@ -24,7 +24,8 @@ class Interruptor:
         self.number, self.times = number, times
         self.notes, self.hit = list[str](), list[int]()
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, line: Line) -> None:
+        text = line.text
         self.notes.append(text)
         if not text.startswith("step ") or len(self.hit) == self.times:
             return
@@ -49,8 +50,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     platform = open_home(tmp_path / "home")
     platform.add_task(write_task(tmp_path / "mine", OFTEN, training_mails))
     interruptor = Interruptor(number, times)
-    show: Callable[[object], None] = lambda line: interruptor(line.text)  # type: ignore[attr-defined]
-    outcome = platform.materialise(TASK, only=TRAINING_ASSETS, show=show)
+    outcome = platform.materialise(TASK, only=TRAINING_ASSETS, show=interruptor)
     assert len(interruptor.hit) == times
     assert sum("tried again" in note for note in interruptor.notes) == times
     assert outcome.succeeded, outcome

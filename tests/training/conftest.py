@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from bento.conversation import dump
-from ft_assets.training.runs import TaskRows
+from ft_assets.training.engine.runs import TaskRows
 from ft_resources.base_models import resolve
 from tests.training.small import DECODERS, LABELS, TINY, texts
 

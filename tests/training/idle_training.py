@@ -7,10 +7,10 @@ import sys
 import threading
 from pathlib import Path
 
-from ft_assets.training.checkpoints import Checkpoints
+from ft_assets.training.engine.checkpoints import Checkpoints
+from ft_assets.training.engine.runs import TaskRows, fit, tokenise
+from ft_assets.training.engine.trainer import Step
 from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
-from ft_assets.training.runs import TaskRows, fit, tokenise
-from ft_assets.training.trainer import Step
 from ft_resources.base_models import resolve
 from ft_resources.errors import TrainingError
 from ft_resources.lake import Lake

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from ft_assets.training.checkpoints import Checkpoints
-from ft_assets.training.distributed import World
-from ft_assets.training.runs import TaskRows, fit, tokenise, use_cores
+from ft_assets.training.engine.checkpoints import Checkpoints
+from ft_assets.training.engine.distributed import World
+from ft_assets.training.engine.runs import TaskRows, fit, tokenise, use_cores
 from ft_resources.base_models import resolve
 from ft_resources.lake import Lake
 from tests.training.small import LABELS, settings, texts

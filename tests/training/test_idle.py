@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_assets.training.checkpoints import Checkpoints
+from ft_assets.training.engine.checkpoints import Checkpoints
 from ft_assets.training.idle import BUSY_PERCENT, QUIET_SECONDS, IdleWatch
 from ft_resources.environments import REPOSITORY
 from ft_resources.lake import Lake

@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from ft_assets.tasks import Task
-from ft_assets.training.cost_model import Counts, Observation, calibrate, rates
+from ft_assets.training.engine.runs import TaskRows, fit, tokenise
+from ft_assets.training.engine.trainer import PART_TOKENS
 from ft_assets.training.jobs import inputs_of, made_from
-from ft_assets.training.planning import SMALLEST_PART, plan, relieved, render
+from ft_assets.training.planning.cost_model import Counts, Observation, calibrate, rates
+from ft_assets.training.planning.plan import SMALLEST_PART, plan, relieved, render
+from ft_assets.training.planning.workloads import measure, rows_of, run_entry, task_made
 from ft_assets.training.recipes import Settings, with_values
 from ft_assets.training.recipes import resolve as resolve_recipe
-from ft_assets.training.runs import TaskRows, fit, tokenise
-from ft_assets.training.trainer import PART_TOKENS
-from ft_assets.training.workloads import measure, rows_of, run_entry, task_made
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import TrainingError

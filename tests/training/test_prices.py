@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_assets.training.prices import cost, hourly_price
+from ft_assets.training.planning.prices import cost, hourly_price
 from ft_resources.environments import Environment
 from ft_resources.errors import SpecError
 from ft_resources.usage import Usage

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ft_assets.training.engine.runs import TRACE, TaskRows, fit, publish_trace, task_rows, tokenise
 from ft_assets.training.identity import TRAINER, environment_of_training
 from ft_assets.training.reproduce import reproduce
-from ft_assets.training.runs import TRACE, TaskRows, fit, publish_trace, task_rows, tokenise
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import ArtefactError

@@ -18,15 +18,16 @@ import pytest
 import torch
 
 from ft_assets.tasks import Task
-from ft_assets.training import search, search_plots
-from ft_assets.training.examples import Example
-from ft_assets.training.frozen import LowerLayers
+from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.frozen import LowerLayers
+from ft_assets.training.engine.runs import TaskRows
 from ft_assets.training.jobs import made_from
-from ft_assets.training.learning_curve import DRAWS, Run, answer, share_of
 from ft_assets.training.recipes import Resolved, resolve
-from ft_assets.training.runs import TaskRows
-from ft_assets.training.search import Objective, check_space
-from ft_assets.training.search_worker import search_job
+from ft_assets.training.searching import plots as search_plots
+from ft_assets.training.searching import trials as search
+from ft_assets.training.searching.learning_curve import DRAWS, Run, answer, share_of
+from ft_assets.training.searching.trials import Objective, check_space
+from ft_assets.training.searching.worker import search_job
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import SpecError, TrainingError
 from ft_resources.lake import Lake
@@ -58,8 +59,8 @@ sources: [{kind: feedback}]
 """
 WORKER = """
 import json, sys
-from ft_assets.training.runs import TaskRows
-from ft_assets.training.search_worker import search_job
+from ft_assets.training.engine.runs import TaskRows
+from ft_assets.training.searching.worker import search_job
 job = json.load(open(sys.argv[1]))
 print("done", json.dumps(search_job(job, lambda line, force=False: print(line, flush=True))), flush=True)
 """
@@ -187,8 +188,8 @@ def test_trials_are_seeded_tracked_and_kept(home: Callable[..., Home], tracker: 
 
 def test_a_trial_gives_the_bytes_of_a_training_alone(home: Callable[..., Home], tmp_path: Path) -> None:
     """Trials share a process, and still nothing of one is left in the next."""
+    from ft_assets.training.engine.runs import fit, task_rows, tokenise
     from ft_assets.training.recipes import with_values
-    from ft_assets.training.runs import fit, task_rows, tokenise
     from ft_resources.base_models import resolve as resolve_base
 
     made = home("search: {trials: 2, space: {lora.top_layers: [1, 2], training.batch_size: [8, 16]}}\n")

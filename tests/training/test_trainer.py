@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ft_assets.training.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.engine.runs import TaskRows, fit, tokenise
+from ft_assets.training.engine.trainer import Step, Trained
 from ft_assets.training.recipes import Settings
-from ft_assets.training.runs import TaskRows, fit, tokenise
-from ft_assets.training.trainer import Step, Trained
 from ft_resources.base_models import resolve
 from ft_resources.environments import REPOSITORY
 from ft_resources.errors import OutOfMemory, TrainingError
@@ -245,7 +245,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny:
 
 @pytest.mark.parametrize("sharding", ["", "yes"])
 def test_two_processes_train_what_one_trains(sharding: str, tiny: Tiny, tmp_path: Path) -> None:
-    """torchrun with gloo, the same global batch: every loss and weight within 1e-5. Sharded, each holds half the base."""
+    """torchrun with gloo, the same global batch: losses and weights within 1e-5. Sharded, each holds half the base."""
     script = Path(__file__).with_name("small_training.py")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SMALL_PRECISION": "fp32", "SMALL_SHARDING": sharding}
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

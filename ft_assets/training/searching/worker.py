@@ -1,4 +1,4 @@
-"""The search process: `python -m ft_assets.training.search_worker`, launched through Dagster Pipes.
+"""The search process: `python -m ft_assets.training.searching.worker`, launched through Dagster Pipes.
 
 All trials run in it one after another: rows are tokenised once for each base model and length. What a training gave
 is kept on the lake as soon as it ends, so a worker that takes over from a dead one replays it instead.
@@ -19,14 +19,23 @@ import torch
 
 from bento.devices import pick_device
 from ft_assets.tasks import SearchSpec
-from ft_assets.training.distributed import World
-from ft_assets.training.learning_curve import Run, answer, share_of, variants
-from ft_assets.training.prices import CPU, hourly_price
+from ft_assets.training.engine.distributed import World
+from ft_assets.training.engine.runs import (
+    Data,
+    exactness,
+    fit,
+    memory_of,
+    publish_trace,
+    task_rows,
+    tokenise,
+    use_cores,
+)
+from ft_assets.training.engine.trainer import Pruned, Trained
+from ft_assets.training.planning.prices import CPU, hourly_price
 from ft_assets.training.recipes import Resolved, Settings, with_values
 from ft_assets.training.reporting import Log, Reporter, expected_device
-from ft_assets.training.runs import Data, exactness, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
-from ft_assets.training.search import Attempt, Budget, Objective, State, Watch, report, run_trials
-from ft_assets.training.trainer import Pruned, Trained
+from ft_assets.training.searching.learning_curve import Run, answer, share_of, variants
+from ft_assets.training.searching.trials import Attempt, Budget, Objective, State, Watch, report, run_trials
 from ft_assets.worker import Progress, serve
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment

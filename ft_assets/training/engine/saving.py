@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ft_assets.training.body import Body
+from ft_assets.training.engine.body import Body
+from ft_assets.training.engine.trainer import History
 from ft_assets.training.recipes import Settings
-from ft_assets.training.trainer import History
 from ft_resources.base_models import BaseModel
 
 

@@ -18,15 +18,15 @@ from bento.conversation import Field, extraction_messages, load
 from bento.devices import pick_device, pick_dtype
 from ft_assets.data.assembly import split_rows
 from ft_assets.evaluation.calibration import fit_temperature
-from ft_assets.training.body import Body
-from ft_assets.training.checkpoints import Checkpoints
-from ft_assets.training.distributed import World
-from ft_assets.training.examples import Tokenised, classified, conversations
-from ft_assets.training.frozen import layers_of
-from ft_assets.training.learners import AnswerLearner, ClassLearner, Learner
+from ft_assets.training.engine.body import Body
+from ft_assets.training.engine.checkpoints import Checkpoints
+from ft_assets.training.engine.distributed import World
+from ft_assets.training.engine.examples import Tokenised, classified, conversations
+from ft_assets.training.engine.frozen import layers_of
+from ft_assets.training.engine.learners import AnswerLearner, ClassLearner, Learner
+from ft_assets.training.engine.saving import save
+from ft_assets.training.engine.trainer import Step, Trained, Trainer, seeded
 from ft_assets.training.recipes import Settings
-from ft_assets.training.saving import save
-from ft_assets.training.trainer import Step, Trained, Trainer, seeded
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import Environment
 from ft_resources.errors import TrainingError

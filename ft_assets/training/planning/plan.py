@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ft_assets.tasks import Task
-from ft_assets.training.cost_model import CONFIDENCE, Calibration, Interval, calibrate
 from ft_assets.training.jobs import SPLITS
-from ft_assets.training.prices import CPU, hourly_price
-from ft_assets.training.recipes import Resolved, Settings, resolve
-from ft_assets.training.workloads import (
+from ft_assets.training.planning.cost_model import CONFIDENCE, Calibration, Interval, calibrate
+from ft_assets.training.planning.prices import CPU, hourly_price
+from ft_assets.training.planning.workloads import (
     RECORDED_ROWS,
     Measured,
     Rows,
@@ -29,6 +28,7 @@ from ft_assets.training.workloads import (
     sample_of_splits,
     task_made,
 )
+from ft_assets.training.recipes import Resolved, Settings, resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import SpecError, TrainingError
 from ft_resources.lake import Lake

@@ -1,8 +1,8 @@
-"""What a training will compute, counted on a shortened model: `python -m ft_assets.training.plan_worker JOB RESULT`.
+"""What a training computes, counted on a shortened model: `python -m ft_assets.training.planning.worker JOB RESULT`.
 
 The base model is loaded with its first layer alone and with its first two; a few real rows go through the real trainer
 in both, and what the second layer adds stands for each of the others. Nothing is assumed about the architecture.
-Imports torch; launched by `ft_assets.training.workloads`.
+Imports torch; launched by `ft_assets.training.planning.workloads`.
 """
 
 import json
@@ -27,14 +27,14 @@ from transformers import AutoConfig
 
 from bento.conversation import Field
 from bento.devices import pick_device, pick_dtype
-from ft_assets.training.batching import length_grouped, parts
-from ft_assets.training.body import Body
-from ft_assets.training.cost_model import Counts
-from ft_assets.training.examples import Example, Tokenised
-from ft_assets.training.learners import AnswerLearner, ClassLearner
+from ft_assets.training.engine.batching import length_grouped, parts
+from ft_assets.training.engine.body import Body
+from ft_assets.training.engine.examples import Example, Tokenised
+from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
+from ft_assets.training.engine.runs import Data, TaskRows, tokenise
+from ft_assets.training.engine.trainer import CACHE_SHARE, PART_TOKENS, Trainer, seeded
+from ft_assets.training.planning.cost_model import Counts
 from ft_assets.training.recipes import Settings
-from ft_assets.training.runs import Data, TaskRows, tokenise
-from ft_assets.training.trainer import CACHE_SHARE, PART_TOKENS, Trainer, seeded
 from ft_resources.base_models import BaseModel, resolve
 from ft_resources.errors import FtError
 from ft_resources.usage import memory_limit

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ft_assets.training.examples import Example
+from ft_assets.training.engine.examples import Example
 from ft_resources.errors import TrainingError
 
 

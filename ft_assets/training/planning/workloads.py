@@ -16,9 +16,9 @@ from ft_assets.data.cleaning import clean
 from ft_assets.data.forms import form_of
 from ft_assets.data.sources import read_sources
 from ft_assets.tasks import Task
-from ft_assets.training.cost_model import Counts, Observation, Rates, rates
 from ft_assets.training.identity import TRAINER, environment_of_training
 from ft_assets.training.jobs import SPLITS, inputs_of
+from ft_assets.training.planning.cost_model import Counts, Observation, Rates, rates
 from ft_assets.training.recipes import Settings
 from ft_assets.training.reporting import expected_device
 from ft_resources.base_models import resolve as resolve_base
@@ -32,8 +32,8 @@ MOST_ROWS = 20_000
 RECORDED_ROWS = 2_000
 RECORDED_RUNS = 8
 """Recorded runs that a plan is calibrated on, at most."""
-WORKER = "ft_assets.training.plan_worker"
-PLANNER = source_digest("ft_assets/training/cost_model.py", "ft_assets/training/plan_worker.py")
+WORKER = "ft_assets.training.planning.worker"
+PLANNER = source_digest("ft_assets/training/planning/cost_model.py", "ft_assets/training/planning/worker.py")
 SAME_MACHINE = ("machine", "threads", "processes", "image", "gpus")
 KERNELS = 1024
 """Matrix products for which oneDNN keeps a kernel, by default."""

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ft_assets.training.batching import length_grouped, parts
-from ft_assets.training.checkpoints import Checkpoints, Snapshot
-from ft_assets.training.distributed import World
-from ft_assets.training.examples import Example
-from ft_assets.training.learners import Learner
+from ft_assets.training.engine.batching import length_grouped, parts
+from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.engine.distributed import World
+from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.learners import Learner
 from ft_assets.training.recipes import Settings, TrainingSettings
 from ft_resources.errors import OutOfMemory, TrainingError
 from ft_resources.usage import peak_memory
@@ -63,6 +63,8 @@ class History:
 
     loss: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+    untrained: dict[str, float] = field(default_factory=dict)
+    """The validation before the first step, of a task that the base model can do alone."""
     best_epoch: int = 0
     tokens: int = 0
     """Real tokens trained on, padding not counted."""
@@ -163,6 +165,8 @@ class Trainer:
         self._resume()
         budget = int(CACHE_SHARE * self.memory) if self.memory else 2**33
         self.learner.body.keep_lower([*self.training, *self.validation], budget)
+        if self.learner.measures_untrained and not self.history.untrained and len(self.validation):
+            self.history.untrained = self.learner.measured(self._outputs_on(self.validation), self.validation)
         began, first, self._tokens_before = time.perf_counter(), self.at.step, self.history.tokens
         with _ends_politely() as asked:
             while self.at.epoch <= self.options.epochs and not self._patience_is_over():

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul
-from ft_assets.training import attention
-from ft_assets.training.examples import Example
-from ft_assets.training.frozen import LowerLayers, layers_of
-from ft_assets.training.fused_lora import fuse
+from ft_assets.training.engine import attention
+from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.frozen import LowerLayers, layers_of
+from ft_assets.training.engine.fused_lora import fuse
 from ft_assets.training.recipes import Settings
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import TrainingError

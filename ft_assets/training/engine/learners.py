@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from ft_assets.training.body import Body
-from ft_assets.training.examples import Example
+from ft_assets.training.engine.body import Body
+from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.vocabulary_loss import SlicedCrossEntropy
 from ft_assets.training.recipes import Settings
-from ft_assets.training.vocabulary_loss import SlicedCrossEntropy
 
 
 class Learner(Protocol):
@@ -19,6 +19,8 @@ class Learner(Protocol):
     body: Body
     outputs: int
     """Values that `output` gives per row."""
+    measures_untrained: bool
+    """Whether the base model alone can do the task, so that it is the least a training has to beat."""
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What the optimiser changes, by name."""
@@ -48,7 +50,7 @@ class ClassLearner:
     """
 
     def __init__(self, body: Body, settings: Settings, classes: int, targets: Sequence[int]) -> None:
-        self.body, self.outputs = body, classes
+        self.body, self.outputs, self.measures_untrained = body, classes, False
         self._pooling = settings.base.pooling
         self._smoothing = settings.training.label_smoothing
         self.head = torch.nn.Linear(body.hidden, classes).to(body.device)
@@ -103,6 +105,7 @@ class AnswerLearner:
     """Next-token cross-entropy of the answers' tokens, averaged over tokens."""
 
     outputs = 2
+    measures_untrained = True
 
     def __init__(self, body: Body, settings: Settings) -> None:
         self.body = body

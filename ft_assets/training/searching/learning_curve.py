@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ft_assets.evaluation.statistics import overall_figures
 from ft_assets.training.recipes import Resolved, Settings, with_values
-from ft_assets.training.search import Objective
+from ft_assets.training.searching.trials import Objective
 from ft_resources.errors import SpecError
 
 SHARES = (0.125, 0.25, 0.5)
