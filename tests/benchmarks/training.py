@@ -6,7 +6,7 @@
     python tests/benchmarks/training.py scaling    # one core and two
 
 Every measurement is a process of its own: one warm-up step, then optimiser steps of 16 rows, timed in CPU seconds of
-the whole process. Rounds alternate between the ways; the best round counts. Ratios are what to look at: machines differ.
+the whole process. Rounds alternate between the ways; the best round counts. Ratios are what to look at: machines vary.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def gemm_bound(model: str, answers: float) -> dict[str, Any]:
 # -- the tables -----------------------------------------------------------------------------------------------------
 
 
-def measured(threads: int = 2, **what: Any) -> dict[str, Any]:
+def measured(threads: int = 1, **what: Any) -> dict[str, Any]:
     """One measurement in a fresh process."""
     environment = {**os.environ, "THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--one", json.dumps(what)]
@@ -403,7 +403,7 @@ def ways_of(kind: str, model: str, steps: int, naive_steps: int) -> dict[str, di
 def classifier(rounds: int) -> None:
     found = compare(ways_of("news-topics", MINILM, 12, 3), rounds)
     bound = measured(way="gemm", model=MINILM, answers=0)["cpu_per_token"]
-    table(f"MiniLM on Reuters R8, LoRA r{RANK} on every linear layer, up to 512 tokens, 2 threads", found, bound)
+    table(f"MiniLM on Reuters R8, LoRA r{RANK} on every linear layer, up to 512 tokens, one thread", found, bound)
 
 
 def answers(rounds: int) -> None:
@@ -412,7 +412,7 @@ def answers(rounds: int) -> None:
     ways[TRL_TUNED] = {"way": "trl", "model": SMOLLM, "steps": 4, "tuned": True}
     found = compare(ways, rounds)
     bound = measured(way="gemm", model=SMOLLM, answers=0.6)["cpu_per_token"]
-    table(f"SmolLM2-135M on question-answer rows, LoRA r{RANK} on every linear layer, 2 threads", found, bound)
+    table(f"SmolLM2-135M on question-answer rows, LoRA r{RANK} on every linear layer, one thread", found, bound)
 
 
 def scaling(rounds: int) -> None:
