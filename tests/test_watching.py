@@ -201,6 +201,7 @@ def test_a_dagster_run_is_watched_through_its_stages_by_any_of_its_names(platfor
     assert only.startswith("small-mail deadbeef  FAILURE  step")
 
 
+@pytest.mark.slow
 def test_a_run_of_another_machine_is_watched_through_the_tracker_alone(
     platform: Platform, finished: str, tmp_path: Path
 ) -> None:

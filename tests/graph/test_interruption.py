@@ -43,7 +43,9 @@ def steps_told(notes: list[str]) -> list[int]:
     return [int(note.split()[1].split("/")[0]) for note in notes if note.startswith("step ")]
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGKILL, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     number: signal.Signals, times: int, built: Built, tmp_path: Path, training_mails: pd.DataFrame
 ) -> None:

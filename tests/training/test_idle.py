@@ -73,6 +73,7 @@ def test_what_works_or_has_no_gpu_is_left_alone(clock: Clock, utilisation: float
 
 
 @pytest.mark.parametrize("utilisation", [0.0, 50.0])
+@pytest.mark.slow
 def test_a_training_that_stands_still_is_saved_and_ended(
     utilisation: float, tiny: Callable[[str], str], tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def publish(lake: Lake, name: str, frame: pd.DataFrame, made: dict[str, Any], fo
     return lake.publish(name, folder / name, made).digest
 
 
+@pytest.mark.slow
 def test_a_plan_is_calibrated_on_what_was_recorded(environment: Environment, task: Task, tmp_path: Path) -> None:
     lake, ledger = Lake(tmp_path / "lake"), Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     rows = texts(120, 4).assign(row_id=[f"{number:032x}" for number in range(120)])

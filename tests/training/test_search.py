@@ -240,6 +240,7 @@ def test_lagging_trials_are_pruned_and_leave_no_adapter(home: Callable[..., Home
     assert scores(made.search()) == scores(found)
 
 
+@pytest.mark.slow
 def test_hyperband_gives_the_same_trials_again(home: Callable[..., Home]) -> None:
     chosen = f"search: {{trials: 6, {RATES}, epochs: [4], pruning: hyperband}}\n"
     found = home(chosen, "one").search()
@@ -257,6 +258,7 @@ def test_a_trial_ends_after_the_epoch_in_which_the_time_is_spent(home: Callable[
     assert found["ended"].startswith("stopped after 1 of 4 trials")
 
 
+@pytest.mark.slow
 def test_the_cost_is_bounded(home: Callable[..., Home]) -> None:
     prices = "currency: EUR\ndevices: {cpu: {amount: 3600}}\n"  # one a core and second
     made = home(f"search: {{trials: 100, {RATES}, max_cost: 8}}\n", prices=prices)
@@ -337,6 +339,7 @@ def test_charts_are_pictures_with_content(home: Callable[..., Home], tmp_path: P
     assert made.search()["learning_curve"] == curve
 
 
+@pytest.mark.slow
 def test_answers_are_searched_by_their_loss(home: Callable[..., Home], answers: TaskRows) -> None:
     rows = {"train_split": answers.training, "validation_split": answers.validation}
     chosen = f"search: {{trials: 3, {RATES}, learning_curve: true}}\n"
@@ -349,6 +352,7 @@ def test_answers_are_searched_by_their_loss(home: Callable[..., Home], answers: 
     assert curve["sentence"].startswith("Twice the rows (48 to 96): expected loss ")
 
 
+@pytest.mark.slow
 def test_the_learning_curve_keeps_to_the_budget(home: Callable[..., Home]) -> None:
     made = home(f"search: {{trials: 2, {RATES}, max_minutes: 1.0e-4, epochs: [1], learning_curve: true}}\n")
     curve = made.search()["learning_curve"]
