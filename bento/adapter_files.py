@@ -78,7 +78,7 @@ class Manifest(pydantic.BaseModel):
     labels: tuple[str, ...] = pydantic.Field(min_length=2)
     base: BaseReference
     max_tokens: int = pydantic.Field(ge=3)
-    pooling: Literal["mean", "cls"]
+    pooling: Literal["mean", "cls", "last"]
     temperature: float = pydantic.Field(gt=0, allow_inf_nan=False)
     preparation: Preparation = Preparation()
 

@@ -92,6 +92,12 @@ class Outcome:
     """Folder that describes a training that failed: failure.json, logs, curve of resources."""
 
 
+def _can_be_served(task: Task) -> bool:
+    settings = recipes.resolve(task).settings
+    plain = settings.method == "lora" and not settings.lora.use_dora
+    return plain and task.spec.type == "text-classification"
+
+
 class Platform:
     """One platform home: its tasks, stores, Dagster instance and live releases.
 
@@ -216,7 +222,8 @@ class Platform:
     ) -> Outcome:
         """Run the graph of one task, from its raw rows to a live release.
 
-        Tasks that generate text are trained: their run ends with the adapter, for nothing evaluates or serves it yet.
+        What the service cannot serve yet is trained: the run of a task that generates text, asks for full fine-tuning
+        or for DoRA ends with what was trained.
 
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.
@@ -229,7 +236,7 @@ class Platform:
         """
         found = self.tasks.get(task)
         name = found.name
-        if not only and found.spec.type != "text-classification":
+        if not only and not _can_be_served(found):
             only = TRAINING_ASSETS
         known = _release_assets() if only else []
         unknown = [asset for asset in only if asset not in known]

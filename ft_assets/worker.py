@@ -7,7 +7,7 @@ is `python -m MODULE`, launched through Dagster Pipes by the compute resource. I
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dagster_pipes import PipesContext, PipesMessageWriter, PipesMessageWriterChannel, open_dagster_pipes
@@ -35,7 +35,7 @@ def is_leader() -> bool:
 def serve(work: Callable[[Mapping[str, Any], Progress], dict[str, Any]]) -> None:
     """Run `work(job, progress)` for the launching asset and report what it returns."""
     if not is_leader():
-        with open_dagster_pipes(message_writer=_Silent()) as pipes:
+        with open_dagster_pipes(message_writer=_Silent()) as pipes, suppress(FtError):  # the leader has it too
             work(pipes.get_extra("job"), Progress(pipes))
         return
     with open_dagster_pipes() as pipes:

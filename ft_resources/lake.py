@@ -286,10 +286,12 @@ class Lake:
 
     def discard(self, digest: str) -> None:
         """Remove an object that nothing refers to any more, such as an outlived checkpoint; gone already is fine."""
-        artefact = self._intact(digest)
-        if artefact is None:
+        content = self._read(self._object(digest, MANIFEST))
+        if content is None:
             return
-        key = self._key(artefact.kind, artefact.made_from)
+        manifest = json.loads(content)
+        key = self._key(manifest["kind"], manifest["made_from"])
+        shutil.rmtree(self._cache / digest, ignore_errors=True)
         with suppress(FileNotFoundError):
             self._fs.rm_file(key)
         if self.is_local:  # by a rename first, so that nobody finds half of it

@@ -12,7 +12,7 @@ SECRET_WORDS = {"apikey", "credential", "credentials", "key", "keys", "pass", "p
 SECRET_WORDS |= {"passwords", "secret", "secrets", "token", "auth", "authorization", "bearer", "cookie"}
 ENDINGS = ("password", "passwd", "secret", "apikey", "token")
 HARMLESS_NAMES = re.compile(
-    r"(?i)(^|[_.-])((pad|eos|bos|unk|cls|sep|mask|image|stop|special)_?token|auth_?(type|method|sock)"
+    r"(?i)(^|[_.-])((pad|eos|bos|unk|cls|sep|mask|image|stop|special)_?token|token_?(accuracy|count|type)|auth_?(type|method|sock)"
     r"|(public|partition|asset|primary|foreign|sort|group|row|label|text)_?keys?)($|[_.-])"
 )
 """Names with a word of `SECRET_WORDS` that hold none."""

@@ -136,8 +136,12 @@ def _parity(engine: Engine, adapter: Artefact, about: Mapping[str, Any], texts: 
                 return_tensors="pt",
             )
             states = model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1).float()
-            pooled = states[:, 0] if about["pooling"] == "cls" else (states * mask).sum(1) / mask.sum(1)
+            mask = batch["attention_mask"]
+            first, last = torch.zeros(len(mask), dtype=torch.long), mask.sum(1) - 1
+            if about["pooling"] == "mean":
+                pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            else:
+                pooled = states[torch.arange(len(mask)), first if about["pooling"] == "cls" else last]
             logits = pooled @ head["weight"].T + head["bias"]
             expected.append(torch.softmax(logits / about["temperature"], -1).numpy())
     plain = np.concatenate(expected)

@@ -1,5 +1,7 @@
 """Stage 2: the trials that were asked for, and the adapter trained with the best of them."""
 
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from ft_resources.ledger import Ledger
 
 GROUP = "2_training"
 WORKER = "ft_assets.training.worker"
+RELIEF = "memory_relief"
+"""Artefact: what was changed of settings that need more memory than there is."""
+RELIEVED = "after running out of memory"
 SEARCH_WORKER = "ft_assets.training.searching.worker"
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL)
 """For a worker that died; a typed error forbids them."""
@@ -189,16 +194,22 @@ def _train(
 ) -> tuple[Artefact, Mapping[str, Any]]:
     """The adapter of these settings and rows, and the worker's report; an empty one when it was made before.
 
-    Out of memory the run is planned anew, with the same rows per step in smaller parts, and goes on.
+    Out of memory the training is planned anew, with the same rows per step in smaller parts. It begins anew as well: an
+    adapter is a function of its settings, and half of a training under each of two would be one of neither. What was
+    changed is remembered, so that the next run does not run out of memory first.
     """
-    resume = ""
     while True:
         made = _made(context, lake, ledger, environment, task, resolved, inputs)
         found = lake.find("adapter", made)
         if found is not None:
             context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
             return found, {}
-        described = job(made, resolved, environment, context.run.run_id, resume=resume)
+        relief = {**made, "memory_gb": environment.memory_gb}
+        known = lake.find(RELIEF, relief)
+        if known is not None:
+            resolved = with_values(resolved, known.json("values.json"), RELIEVED)
+            continue
+        described = job(made, resolved, environment, context.run.run_id)
         folder = results_folder(environment, task.name, described["run_name"])
         described = traced(described, _trace(context, resolved, str(folder / CONFIG)))
         try:
@@ -210,5 +221,7 @@ def _train(
             changed = relieved(
                 resolved.settings, resolved.settings.base.max_tokens, resolved.settings.training.batch_size
             )
-            context.log.warning(f"{error} Going on with {changed}: the same rows per step, in smaller parts.")
-            resolved, resume = with_values(resolved, changed, "after running out of memory"), described["key"]
+            context.log.warning(f"{error} Trained again with {changed}: the same rows per step, in smaller parts.")
+            with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
+                (Path(scratch) / "values.json").write_text(json.dumps(changed))
+                lake.publish(RELIEF, Path(scratch), relief)

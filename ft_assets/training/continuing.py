@@ -9,7 +9,7 @@ from typing import Any
 
 from ft_assets.tasks import Task
 from ft_assets.training.jobs import SPLITS
-from ft_assets.training.recipes import Resolved
+from ft_assets.training.recipes import Resolved, Settings
 from ft_resources.errors import SpecError
 from ft_resources.lake import Lake, short
 from ft_resources.ledger import Ledger
@@ -84,9 +84,15 @@ def parent_of(task: Task, made: Mapping[str, Any], lake: Lake, ledger: Ledger) -
 
 def _compared(made: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     def values(of: Mapping[str, Any]) -> dict[str, Any]:
-        settings = of["settings"]
+        settings = Settings.model_validate(of["settings"]).model_dump(mode="json")  # older ones know fewer
         shape = {path: settings[path.split(".")[0]][path.split(".")[1]] for path in SHAPE}
-        return {"type": of["type"], "labels": of["labels"], "method": settings["method"], "base": of["base"], **shape}
+        return {
+            "type": of.get("type", "text-classification"),
+            "labels": of["labels"],
+            "method": settings["method"],
+            "base": of["base"],
+            **shape,
+        }
 
     then = values(before)
     return {name: (now, then[name]) for name, now in values(made).items()}

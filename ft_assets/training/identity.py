@@ -4,7 +4,9 @@ import os
 import platform
 from importlib.metadata import version
 
+from ft_assets.training.reporting import expected_device
 from ft_resources.environments import Environment, source_digest
+from ft_resources.provenance import provenance
 
 TRAINER = source_digest("bento/conversation.py", "ft_assets/training/engine")
 """Digest of the trainer's source: other training code makes another adapter."""
@@ -21,6 +23,7 @@ def environment_of_training(environment: Environment) -> dict[str, str]:
         **processes,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": environment.device,
+        "device": expected_device(environment),
+        "bf16": ",".join(provenance()["hardware"]["bf16_cpu"]),
         "threads": str(os.cpu_count()),
     }

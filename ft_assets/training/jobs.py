@@ -1,5 +1,6 @@
 """What a training worker is told, and what an adapter is made from: the key under which it is found again."""
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -56,19 +57,15 @@ def made_from(
     }
 
 
-def job(
-    made: Mapping[str, Any], resolved: Resolved, environment: Environment, dagster_run: str, *, resume: str = ""
-) -> dict[str, Any]:
+def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, dagster_run: str) -> dict[str, Any]:
     """What the worker gets.
 
     Args:
         made: What the adapter is made from.
-        resume: Key of a run whose checkpoint this one may start from, when its own has none.
     """
     return {
         "made_from": dict(made),
         "key": digest_of(dict(made)),
-        "resume": resume,
         "trace": {},
         "origins": dict(resolved.origins),
         "template": resolved.template,
@@ -119,3 +116,8 @@ def triggered_by(run_tags: Mapping[str, str]) -> str:
         if tag in run_tags:
             return f"{kind} {run_tags[tag]}"
     return "user, through the Dagster UI or API"
+
+
+def unnumbered(origins: Mapping[str, str]) -> dict[str, str]:
+    """Origins without line numbers: a comment more in a task file is no other adapter."""
+    return {path: re.sub(r":\d+$", "", origin) for path, origin in origins.items()}

@@ -6,7 +6,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
-from ft_assets.training.failures import failure_of, results_folder, write_results
+from ft_assets.training.failures import FAILURE, failure_of, results_folder, write_results
 from ft_assets.training.planning.prices import cost
 from ft_resources.compute import WorkerDied
 from ft_resources.environments import Environment
@@ -39,19 +39,10 @@ def recorded(
                 error=error.code,
             )
         )
-        if isinstance(error, WorkerDied):  # it had no time to say why itself
+        if isinstance(error, WorkerDied):
             end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
-            write_results(
-                results_folder(environment, job["made_from"]["task"], job["run_name"]),
-                config=job["made_from"]["settings"],
-                origins=job["origins"],
-                metrics={},
-                log=str(error),
-                usage=None,
-                curve=None,
-                provenance={**provenance(), "trace": job["trace"]},
-                failure=failure_of(error),
-            )
+            if not told_since(environment, job, started):
+                _write_for(environment, job, error)
         raise
 
 
@@ -105,4 +96,25 @@ def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[
         accuracy=best.get("accuracy"),
         macro_f1=best.get("macro_f1"),
         loss=best["loss"],
+    )
+
+
+def told_since(environment: Environment, job: Mapping[str, Any], started: datetime) -> bool:
+    """Whether the worker itself wrote why it failed, which nobody else knows as well."""
+    file = results_folder(environment, job["made_from"]["task"], job["run_name"]) / FAILURE
+    return file.exists() and file.stat().st_mtime >= started.timestamp()
+
+
+def _write_for(environment: Environment, job: Mapping[str, Any], error: WorkerDied) -> None:
+    """The results folder of a worker that had no time to write it."""
+    write_results(
+        results_folder(environment, job["made_from"]["task"], job["run_name"]),
+        config=job["made_from"]["settings"],
+        origins=job["origins"],
+        metrics={},
+        log=str(error),
+        usage=None,
+        curve=None,
+        provenance={**provenance(), "trace": job["trace"]},
+        failure=failure_of(error),
     )

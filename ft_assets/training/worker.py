@@ -13,6 +13,7 @@ from typing import Any
 
 from ft_assets.training.failures import RESOURCES, failure_of, results_folder, write_results
 from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
+from ft_assets.training.jobs import unnumbered
 from ft_assets.training.recipes import Settings
 from ft_assets.training.reporting import Log, Reporter, expected_device
 from ft_assets.worker import Progress, is_leader, serve
@@ -101,15 +102,15 @@ def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict
             describe={
                 "task": made["task"],
                 "template": job["template"],
-                "origins": job["origins"],
+                "origins": unnumbered(job["origins"]),
                 "preparation": made["preparation"],
                 "exactness": exactness(environment.device),
                 **({"parent": parent.digest} if parent else {}),
             },
             device=environment.device,
-            checkpoints=Checkpoints(lake, made["task"], job["key"], fallback=job["resume"]),
+            checkpoints=Checkpoints(lake, made["task"], job["key"]),
             world=world,
-            memory=memory_of(environment),
+            memory=memory_of(environment) // world.size,
             parent=parent.folder if parent else None,
             on_step=reporter.step,
             on_epoch=reporter.epoch,

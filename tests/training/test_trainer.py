@@ -343,3 +343,36 @@ def test_the_loss_is_on_answers_only(tiny: Tiny, answers: TaskRows) -> None:
     for one, answer in zip(examples, answers.training["label"], strict=True):
         assert tokenizer.decode(one.ids[one.target :]).strip() == answer.lower()
         assert "how is" in tokenizer.decode(one.ids[: one.target])
+
+
+def test_memory_held_before_a_training_does_not_count(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    """What a process held before a training does not count as the training's."""
+    ballast = bytearray(600_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    del ballast
+    from ft_resources.usage import peak_memory
+
+    before = peak_memory()
+    train(classes, settings(tiny("bert")), tmp_path / "one", memory=before - 300_000_000)
+
+
+def test_windows_of_attention_are_not_packed(tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:
+    import transformers
+
+    folder = tmp_path / "windowed"
+    shutil.copytree(tiny("llama"), folder)
+    config = transformers.MistralConfig(
+        vocab_size=30600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    own = train(answers, settings(str(folder)), tmp_path / "own")
+    padded = train(answers, settings(str(folder), speed={"packing": "off"}), tmp_path / "padded")
+    assert own.history.loss == padded.history.loss
+    with pytest.raises(TrainingError, match="cannot be packed"):
+        train(answers, settings(str(folder), speed={"packing": "on"}), tmp_path / "packed")

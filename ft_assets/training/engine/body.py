@@ -181,16 +181,29 @@ class Body:
         embeddings: Any = getattr(self.inner, "embeddings", None)
         return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
+    def _looks_elsewhere(self) -> bool:
+        """Whether attention is more than a softmax over the whole row: in windows shorter than it, or with a cap."""
+        config = self.network.config
+        windows = [getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_window")]
+        if getattr(config, "use_sliding_window", True) and any(
+            isinstance(window, int) and window < self.settings.base.max_tokens for window in windows
+        ):
+            return True
+        return getattr(config, "attn_logit_softcapping", None) is not None
+
     def _packs(self) -> bool:
         """Whether rows may be packed: asked for, and shown on two rows to give what padding gives."""
         wanted = self.settings.speed.packing
-        if wanted == "off" or (wanted == "auto" and self.device.type != "cpu"):
+        if wanted == "off" or (wanted == "auto" and (self.device.type != "cpu" or self._looks_elsewhere())):
+            self.network.set_attn_implementation(_padded_attention(self.device))
             return False
         vocabulary = int(self.network.config.vocab_size)
         rows = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
         name = attention.SEGMENTS if self.settings.speed.segment_attention else attention.SEGMENTS_LIBRARY
         self.network.eval()
         try:
+            if self._looks_elsewhere():
+                raise ValueError("attention is not over the whole row")
             with torch.no_grad(), self._computing():
                 self.packed = False
                 padded = self._flat(self._run(rows), rows).float()

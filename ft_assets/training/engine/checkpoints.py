@@ -35,13 +35,11 @@ class Checkpoints:
 
     Args:
         key: Digest of everything the adapter is made from: a run resumes from its own.
-        fallback: Key of a run that this one continues with other settings, as after running out of memory.
     """
 
     lake: Lake
     task: str
     key: str
-    fallback: str = ""
     kept: dict[str, str] = field(default_factory=dict)
     """Role (last, best, fastest) to digest."""
     _fastest: float | None = None
@@ -49,8 +47,6 @@ class Checkpoints:
     def latest(self) -> Snapshot | None:
         """Where the run stood when it was last saved; None when it starts anew."""
         last = self.lake.head(self.task, _name(self.key))
-        if last is None and self.fallback:
-            last = self.lake.head(self.task, _name(self.fallback))
         if last is None:
             return None
         stored = last.json("progress.json")

@@ -64,6 +64,14 @@ class World:
         for module in (*layers, root):
             fully_shard(module, ignored_params=trained)
 
+    def most(self, count: int) -> int:
+        """The largest `count` of any process."""
+        if self.size == 1:
+            return count
+        counts = torch.tensor([count])
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return int(counts.item())
+
     def agree(self, flag: bool) -> bool:
         """Whether any process says so: all must leave a loop at the same step."""
         if self.size == 1:

@@ -62,12 +62,12 @@ def task_rows(lake: Lake, made_from: Mapping[str, Any]) -> TaskRows:
     """The rows that an adapter is, or was, made from."""
     training, validation = (split_rows(lake, made_from[split]) for split in ("train_split", "validation_split"))
     return TaskRows(
-        made_from["type"],
+        made_from.get("type", "text-classification"),  # the only one that older adapters were of
         training,
         validation,
         made_from["labels"],
-        {name: Field.model_validate(one) for name, one in made_from["fields"].items()},
-        made_from["instruction"],
+        {name: Field.model_validate(one) for name, one in made_from.get("fields", {}).items()},
+        made_from.get("instruction", ""),
     )
 
 
@@ -139,6 +139,12 @@ def fit(
         ServiceError: The device is missing.
     """
     where = pick_device(device)
+    if world is not None and world.size > 1 and where.type != "cpu":
+        raise TrainingError(
+            f"several processes train on CPUs only so far, not on {where.type}",
+            where="FT_PROCESSES",
+            mend="Unset it: one process uses one GPU.",
+        )
     seeded(settings.training.seed, where)
     dtype = pick_dtype(settings.training.precision, where)
     classification = rows.kind == "text-classification"

@@ -24,12 +24,12 @@ from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.learners import Learner
 from ft_assets.training.recipes import Settings, TrainingSettings
 from ft_resources.errors import OutOfMemory, TrainingError
-from ft_resources.usage import peak_memory
+from ft_resources.usage import forget_peak_memory, peak_memory
 
 PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
 """Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
-CACHE_SHARE = 0.25
-"""Largest share of the memory there is that cached activations may take."""
+CACHE_BYTES = 4_000_000_000
+"""Most that cached activations may take. No share of the memory there is: it would decide the bytes of an adapter."""
 
 
 class Interrupted(Exception):
@@ -108,7 +108,8 @@ def seeded(seed: int, device: torch.device) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+    # nothing here reads memory before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Trainer:
@@ -150,6 +151,7 @@ class Trainer:
             total_parameters=sum(weight.numel() for weight in network.parameters())
             + sum(weight.numel() for name, weight in self.weights.items() if name.startswith("head.")),
         )
+        self._dropout = settings.method == "lora" and settings.lora.dropout > 0
         self._tokens_before = 0
         self._trace: list[torch.Tensor] = []
         self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
@@ -164,8 +166,9 @@ class Trainer:
             Interrupted: SIGTERM came; the state is saved.
         """
         self._resume()
-        budget = int(CACHE_SHARE * self.memory) if self.memory else 2**33
-        self.learner.body.keep_lower([*self.training, *self.validation], budget)
+        if self.memory is not None:
+            forget_peak_memory()  # of what this process did before
+        self.learner.body.keep_lower([*self.training, *self.validation], CACHE_BYTES)
         if self.learner.measures_untrained and not self.history.untrained and len(self.validation):
             self.history.untrained = self.learner.measured(self._outputs_on(self.validation), self.validation)
         began, first, self._tokens_before = time.perf_counter(), self.at.step, self.history.tokens
@@ -245,10 +248,12 @@ class Trainer:
         """One optimiser step on `rows`, computed in parts; returns the loss."""
         divisor = self.learner.weight(rows)
         total = torch.zeros((), dtype=torch.float64)
-        for part in self._parts(rows):
+        if self._dropout:  # a function of the step, so that neither an interruption nor another process changes it
+            torch.manual_seed((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank)
+        for part, counts in self._parts(rows):
             try:
                 with self.learner.body.states(part) as states:
-                    loss = self.learner.loss(states, part) / divisor
+                    loss = self.learner.loss(states, part) * (counts / divisor)
                     loss.backward()
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise self._out_of_memory(part) from error
@@ -278,19 +283,27 @@ class Trainer:
         self.learner.body.eval()
         outputs = torch.zeros(len(examples), self.learner.outputs)
         place = {one.number: at for at, one in enumerate(examples)}
-        for part in self._parts(list(examples)):
+        for part, counts in self._parts(list(examples)):
             with self.learner.body.states(part) as states:
-                outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
+                if counts:
+                    outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
         self.world.sum([outputs])
         return outputs.numpy()
 
-    def _parts(self, rows: list[Example]) -> Iterator[list[Example]]:
-        """This process's share of `rows` in passes through the model."""
+    def _parts(self, rows: list[Example]) -> Iterator[tuple[list[Example], float]]:
+        """This process's share of `rows` in passes through the model, and 1 for each that counts.
+
+        Processes that share out the base's weights pass equally often; what one has to add counts 0.
+        """
         body = self.learner.body
         budget = self.options.micro_batch_tokens or PART_TOKENS[body.device.type]
         share = self.world.share(sorted(rows, key=lambda one: -len(one.ids)))
-        for part in parts([len(one.ids) for one in share], budget, padded=not body.packed):
-            yield [share[at] for at in part]
+        passes = parts([len(one.ids) for one in share], budget, padded=not body.packed)
+        for part in passes:
+            yield [share[at] for at in part], 1.0
+        if body.settings.speed.sharding:
+            for _ in range(len(passes), self.world.most(len(passes))):
+                yield rows[:1], 0.0
 
     def _groups(self) -> list[dict[str, Any]]:
         heads = [weight for name, weight in self.weights.items() if name.startswith("head.")]
@@ -363,7 +376,7 @@ class Trainer:
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weight/{name}"])
             self.optimizer.state[weight] = {
-                "step": torch.tensor(float(self.at.step)),
+                "step": torch.tensor(float(self.at.step), device=weight.device),
                 **{moment: tensors[f"{moment}/{name}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")},
             }
         self._trace = list(tensors["trace"])

@@ -32,7 +32,7 @@ from ft_assets.training.engine.body import Body
 from ft_assets.training.engine.examples import Example, Tokenised
 from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
 from ft_assets.training.engine.runs import Data, TaskRows, tokenise
-from ft_assets.training.engine.trainer import CACHE_SHARE, PART_TOKENS, Trainer, seeded
+from ft_assets.training.engine.trainer import CACHE_BYTES, PART_TOKENS, Trainer, seeded
 from ft_assets.training.planning.cost_model import Counts
 from ft_assets.training.recipes import Settings
 from ft_resources.base_models import BaseModel, resolve
@@ -175,7 +175,7 @@ def workload(
     both = training["tokens"] + validation["tokens"]
     kept = both * int(config.hidden_size) * dtype.itemsize if lower and settings.speed.cache_frozen else 0
     once = Counts()
-    if kept and kept <= CACHE_SHARE * memory:
+    if kept and kept <= CACHE_BYTES:
         once = frozen_token.times(both)
     else:
         kept, epoch = 0, epoch + frozen_token.times(both)

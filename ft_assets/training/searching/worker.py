@@ -19,6 +19,7 @@ import torch
 
 from bento.devices import pick_device
 from ft_assets.tasks import SearchSpec
+from ft_assets.training import jobs
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.runs import (
     Data,
@@ -39,7 +40,7 @@ from ft_assets.training.searching.trials import Attempt, Budget, Objective, Stat
 from ft_assets.worker import Progress, serve
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
-from ft_resources.errors import OutOfMemory, TrainingError
+from ft_resources.errors import OutOfMemory, SpecError, TrainingError
 from ft_resources.lake import Artefact, Lake, digest_of
 from ft_resources.tracking import DAGSTER_RUN, TRAINED_FROM, TrackedRun, trainings
 from ft_resources.usage import Meter, usable_cores
@@ -87,8 +88,13 @@ def search_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
 def _budget(spec: SearchSpec, environment: Environment) -> Budget:
     device = pick_device(environment.device)
-    price = hourly_price(torch.cuda.get_device_name(device) if device.type == "cuda" else CPU, environment.prices)
     held = 1 if device.type == "cuda" else usable_cores()
+    try:
+        price = hourly_price(torch.cuda.get_device_name(device) if device.type == "cuda" else CPU, environment.prices)
+    except SpecError:
+        if spec.max_cost is not None:
+            raise
+        return Budget(spec.max_minutes * 60, None, 0.0, "")  # without a price there is no cost to tell
     return Budget(spec.max_minutes * 60, spec.max_cost, held * price.amount, price.currency)
 
 
@@ -289,7 +295,7 @@ class Workshop:
                         describe={
                             "task": made["task"],
                             "template": resolved.template,
-                            "origins": dict(resolved.origins),
+                            "origins": jobs.unnumbered(resolved.origins),
                             "preparation": made["preparation"],
                             "exactness": exactness(self._environment.device),
                             **({"parent": parent.digest} if parent else {}),
