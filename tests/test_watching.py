@@ -147,6 +147,7 @@ def test_every_step_is_seen_within_five_seconds_also_when_none_follows(platform:
     assert "left" not in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_dagster_run_is_watched_through_its_stages_by_any_of_its_names(platform: Platform, tmp_path: Path) -> None:
     uri, go_on = platform.environment.mlflow, threading.Event()
     run_id = "deadbeef-0000-4000-8000-000000000001"

@@ -1,5 +1,6 @@
 """Base models and rows for short trainings."""
 
+import os
 from collections.abc import Callable
 
 import pandas as pd
@@ -12,6 +13,14 @@ from bento.conversation import dump
 from ft_assets.training.engine.runs import TaskRows
 from ft_resources.base_models import resolve
 from tests.training.small import DECODERS, LABELS, TINY, texts
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No home, lake or tracker that an earlier test's platform exported."""
+    for name in [*os.environ]:
+        if name in ("MLFLOW_TRACKING_URI", "DAGSTER_HOME") or (name.startswith("FT_") and name != "FT_PACKAGE_CACHE"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
