@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from ft_resources.ledger import Ledger
 from tests.graph.small_task import TASK, open_home, write_task
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_failed_training_is_named_and_complete(tmp_path: Path, training_mails: pd.DataFrame) -> None:
     home = tmp_path / "home"
     platform = open_home(home)

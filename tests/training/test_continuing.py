@@ -187,6 +187,7 @@ def test_a_task_that_cannot_be_continued_is_refused(home: Home, further: str, re
     check_incremental(*home.task(further.replace("incremental", "full"), recipe))
 
 
+@pytest.mark.slow
 def test_the_graph_starts_from_the_live_adapter_and_says_so(home: Home, tiny: Callable[[str], str]) -> None:
     texts(100, 5).to_json(home.folder / "tasks" / "rows.jsonl", orient="records", lines=True)
     path = home.folder / "tasks" / "small.yaml"

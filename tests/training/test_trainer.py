@@ -243,7 +243,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny:
     assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("sharding", ["", "yes"])
+@pytest.mark.parametrize("sharding", ["", pytest.param("yes", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(sharding: str, tiny: Tiny, tmp_path: Path) -> None:
     """torchrun with gloo, the same global batch: losses and weights within 1e-5. Sharded, each holds half the base."""
     script = Path(__file__).with_name("small_training.py")
