@@ -83,7 +83,7 @@ def test_mlflow_holds_every_step_and_the_card_of_the_version(platform: Platform)
 def test_every_value_of_the_settings_tells_where_it_came_from(platform: Platform) -> None:
     origins = platform.lake.require(TASK, "adapter").json("adapter.json")["origins"]
     assert origins["base.model"] == "recipe encoder-lora@1"
-    assert "small-mail.yaml:" in origins["lora.rank"]
+    assert origins["lora.rank"] == "task small-mail.yaml"
 
 
 def test_an_answer_is_traced_to_the_rows_it_learned_from(platform: Platform) -> None:
