@@ -11,7 +11,7 @@ from ft_assets.definitions import defs
 
 ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT = Path(__file__).with_name("asset_specs.json")
-HEAVY = ("torch", "transformers", "peft", "evaluate", "mlflow", "bentoml", "kubernetes")
+HEAVY = ("scipy", "torch", "transformers", "peft", "evaluate", "mlflow", "bentoml", "kubernetes")
 
 
 def described() -> dict[str, Any]:

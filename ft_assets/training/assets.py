@@ -16,9 +16,9 @@ from ft_assets.training.continuing import check_incremental, parent_of
 from ft_assets.training.failures import CONFIG, results_folder
 from ft_assets.training.identity import TRAINER
 from ft_assets.training.jobs import inputs_of, job, made_from, trace_record, traced
-from ft_assets.training.planning.plan import relieved
 from ft_assets.training.recipes import Resolved, require_published, resolve, with_values
 from ft_assets.training.records import recorded
+from ft_assets.training.relief import relieved
 from ft_assets.training.searching import plots as search_plots
 from ft_assets.training.searching import trials as search
 from ft_resources.compute import Compute

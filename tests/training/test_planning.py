@@ -13,14 +13,15 @@ import pytest
 from rich.console import Console
 
 from ft_assets.tasks import Task
+from ft_assets.training.engine.batching import PART_TOKENS
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
-from ft_assets.training.engine.trainer import PART_TOKENS
 from ft_assets.training.jobs import inputs_of, made_from
 from ft_assets.training.planning.cost_model import Counts, Observation, calibrate, rates
-from ft_assets.training.planning.plan import SMALLEST_PART, plan, relieved, render
+from ft_assets.training.planning.plan import plan, render
 from ft_assets.training.planning.workloads import measure, rows_of, run_entry, task_made
 from ft_assets.training.recipes import Settings, with_values
 from ft_assets.training.recipes import resolve as resolve_recipe
+from ft_assets.training.relief import SMALLEST_PART, relieved
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import TrainingError
@@ -228,3 +229,6 @@ def test_relief_shrinks_the_passes_then_recomputes_then_ends(batch: int, rows: i
 
 def test_the_first_relief_is_one_on_every_device() -> None:
     assert min(PART_TOKENS.values()) == SMALLEST_PART
+    for tokens in PART_TOKENS.values():
+        change = relieved(settings("base", base={"max_tokens": 4096}, training={"batch_size": 64}), 2000, 64)
+        assert 0 < change["training.micro_batch_tokens"] < tokens

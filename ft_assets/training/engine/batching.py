@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 
 MEGABATCHES = 20
+PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
+"""Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
 
 
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:

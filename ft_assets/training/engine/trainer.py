@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ft_assets.training.engine.batching import length_grouped, parts
+from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.examples import Example
@@ -26,8 +26,6 @@ from ft_assets.training.recipes import Settings, TrainingSettings
 from ft_resources.errors import OutOfMemory, TrainingError
 from ft_resources.usage import forget_peak_memory, peak_memory
 
-PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
-"""Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
 CACHE_BYTES = 4_000_000_000
 """Most that cached activations may take. No share of the memory there is: it would decide the bytes of an adapter."""
 

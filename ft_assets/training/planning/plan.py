@@ -30,15 +30,13 @@ from ft_assets.training.planning.workloads import (
 )
 from ft_assets.training.recipes import Resolved, Settings, resolve
 from ft_resources.environments import Environment
-from ft_resources.errors import SpecError, TrainingError
+from ft_resources.errors import SpecError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from ft_resources.usage import usable_cores
 
 TRUNCATED_SHARE = 0.05
 """From this share of cut rows on, the plan advises more tokens."""
-SMALLEST_PART = 4096
-"""Tokens of a pass where `training.micro_batch_tokens` says nothing: the least that the trainer uses on any device."""
 METHODS = ("lora", "full")
 
 
@@ -262,37 +260,6 @@ def _advice(
 
 def _ratio(one: Interval, other: Interval) -> str:
     return f"{one.expected / other.expected:.1f} times"
-
-
-# -- after out of memory ------------------------------------------------------------------------------------------
-
-
-def relieved(settings: Settings, longest_tokens: int, rows: int) -> dict[str, int | bool]:
-    """Settings to change, by dotted path, after a training ran out of memory; the batch stays what it is.
-
-    Passes are halved down to the longest row, then activations are recomputed in place of kept.
-
-    Args:
-        longest_tokens: Tokens of the longest row that is trained on.
-        rows: Training rows.
-
-    Raises:
-        TrainingError: Neither is left to change.
-    """
-    training = settings.training
-    longest = max(8, min(longest_tokens, settings.base.max_tokens))
-    budget = min(training.micro_batch_tokens or SMALLEST_PART, min(training.batch_size, rows) * longest)
-    if budget > longest:
-        return {"training.micro_batch_tokens": max(longest, budget // 2)}
-    if not training.gradient_checkpointing:
-        return {"training.gradient_checkpointing": True}
-    raise TrainingError(
-        "one row at a time with recomputed activations still needs more memory than there is",
-        where="training",
-        mend=f"Lower base.max_tokens ({settings.base.max_tokens}) or lora.rank ({settings.lora.rank}), "
-        + ("set method to lora, " if settings.method == "full" else "set lora.top_layers, ")
-        + "or choose a smaller base.model.",
-    )
 
 
 # -- for people ---------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ from transformers import AutoConfig
 
 from bento.conversation import Field
 from bento.devices import pick_device, pick_dtype
-from ft_assets.training.engine.batching import length_grouped, parts
+from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts
 from ft_assets.training.engine.body import Body
 from ft_assets.training.engine.examples import Example, Tokenised
 from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
 from ft_assets.training.engine.runs import Data, TaskRows, tokenise
-from ft_assets.training.engine.trainer import CACHE_BYTES, PART_TOKENS, Trainer, seeded
+from ft_assets.training.engine.trainer import CACHE_BYTES, Trainer, seeded
 from ft_assets.training.planning.cost_model import Counts
 from ft_assets.training.recipes import Settings
 from ft_resources.base_models import BaseModel, resolve
@@ -142,7 +142,7 @@ class Batches:
 
 
 def workload(
-    run: Mapping[str, Any], rows: TaskRows, data: Data, base: BaseModel, device: torch.device, memory: int
+    run: Mapping[str, Any], rows: TaskRows, data: Data, base: BaseModel, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the training that `run` describes computes, and the timed computations if it says `timed`.
 
@@ -359,7 +359,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         sources.append((run, *tokenised[key], source))
     start_seconds, baseline = time.time() - process.create_time(), process.memory_info().rss
     memory = int(job["memory"] or memory_limit())
-    found = [workload(*source, device, memory) for source in sources]
+    found = [workload(*source, device) for source in sources]
     gpu = device.type == "cuda"
     return {
         "device": device.type,
