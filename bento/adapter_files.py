@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic
 
@@ -18,6 +18,8 @@ from ft_resources.errors import ServiceError
 
 if TYPE_CHECKING:
     import torch
+
+Form = TypeVar("Form", bound=pydantic.BaseModel)
 
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 EXACT_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
@@ -69,6 +71,13 @@ class Preparation(pydantic.BaseModel):
     max_chars: Annotated[int, pydantic.Field(ge=1)] = 20_000
 
 
+class Reference(pydantic.BaseModel):
+    """What `adapter.json` of any adapter says about the engine it needs."""
+
+    type: Literal["text-classification", "text-generation", "extraction"]
+    base: BaseReference
+
+
 class Manifest(pydantic.BaseModel):
     """`adapter.json`: how the adapter turns text into a label."""
 
@@ -115,18 +124,49 @@ class AdapterFiles:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """`adapter.json` of `folder`.
+    """`adapter.json` of a classifier in `folder`.
+
+    Raises:
+        ServiceError: The file is missing, not JSON, or a field is not what the format asks for.
+    """
+    return read_manifest_as(Manifest, folder)
+
+
+def read_reference(folder: Path) -> Reference:
+    """Type and base model of the adapter in `folder`, of whichever type.
+
+    Raises:
+        ServiceError: The file is missing, not JSON, or one of them is not there.
+    """
+    return read_manifest_as(Reference, folder)
+
+
+def read_manifest_as(form: type[Form], folder: Path) -> Form:
+    """`adapter.json` of `folder`, read as `form`.
 
     Raises:
         ServiceError: The file is missing, not JSON, or a field is not what the format asks for.
     """
     path = folder / "adapter.json"
     try:
-        return Manifest.model_validate(_json(path))
+        return form.model_validate(_json(path))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise _refuse(path, f"field '{field}': {first['msg']}") from None
+        raise _refuse(path, f"field '{field}': {first['msg']}" if field else first["msg"]) from None
+
+
+def read_low_rank(folder: Path) -> dict[str, LowRank]:
+    """The low-rank updates of the peft adapter in `folder`, by module name in the base model.
+
+    Raises:
+        ServiceError: A file is missing or damaged, a tensor is not finite, or the adapter uses something that
+            cannot be served exactly (DoRA, trained modules or biases, an initialisation that changes the base).
+    """
+    path = folder / "adapter_config.json"
+    config = _json(path)
+    _check_config(path, config)
+    return _updates(folder / "adapter_model.safetensors", config)
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -137,9 +177,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
             cannot be served exactly (DoRA, trained modules or biases, an initialisation that changes the base).
     """
     manifest = read_manifest(folder)
-    path = folder / "adapter_config.json"
-    config = _json(path)
-    _check_config(path, config)
+    updates = read_low_rank(folder)
     head_path = folder / "head.safetensors"
     head = _tensors(head_path)
     if set(head) != {"weight", "bias"} or head["weight"].ndim != 2 or head["bias"].ndim != 1:
@@ -149,7 +187,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise _refuse(head_path, f"the head has {rows[0]} rows and {rows[1]} biases for {len(manifest.labels)} labels")
     return AdapterFiles(
         manifest=manifest,
-        updates=_updates(folder / "adapter_model.safetensors", config),
+        updates=updates,
         head_weight=head["weight"].float(),
         head_bias=head["bias"].float(),
     )

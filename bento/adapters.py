@@ -1,17 +1,38 @@
 """Adapters by digest: loaded from the lake when first asked for, the least recently used ones forgotten."""
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from bento.adapter_files import BaseReference, read_manifest
-from bento.engine import Adapter, Engine
+from bento.adapter_files import Reference, read_reference
+from bento.devices import pick_device, pick_precision
+from bento.engine import Engine
+from bento.generation.interface import TextGenerator
+from bento.int8 import int8_gap
 from ft_resources.base_models import BaseModel, resolve
+from ft_resources.environments import ADAPTER_MEMORY_MB
 from ft_resources.errors import ArtefactError, ServiceError
 from ft_resources.lake import Lake
+
+logger = logging.getLogger(__name__)
+MEGABYTE = 1 << 20
+ADAPTER_MEMORY = ADAPTER_MEMORY_MB * MEGABYTE
+"""Bytes, by default."""
+
+
+class Loaded(Protocol):
+    """An adapter in memory, of whichever engine."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class AdapterSource(Protocol):
@@ -46,110 +67,172 @@ class BakedAdapter:
 
 
 class BasePool:
-    """One engine per base model, made when the first adapter needs it.
+    """One engine per base model, kind of task and precision, made when the first adapter needs it.
 
     Args:
         known: Base models that lie on this machine, asked for by digest before the adapter's own reference.
-        precision, threads, device: See `Engine`.
+        precision: Of adapters whose release says `auto`.
+        threads, device: See `Engine`.
+        generation: Engine of tasks that write texts: `torch` or `vllm`.
     """
 
     def __init__(
-        self, known: Iterable[BaseModel] = (), *, precision: str = "auto", threads: int | None = None, device: str = ""
+        self,
+        known: Iterable[BaseModel] = (),
+        *,
+        precision: str = "auto",
+        threads: int | None = None,
+        device: str = "",
+        generation: str = "torch",
     ) -> None:
         self._known = {base.digest: base for base in known}
-        self._settings = (precision, threads, device)
-        self._engines: dict[str, Engine] = {}
+        self._precision, self._threads, self._device, self._generation = precision, threads, device, generation
+        self._engines: dict[tuple[str, bool, str], Engine | TextGenerator] = {}
         self._lock = threading.Lock()
 
-    def engine(self, wanted: BaseReference) -> Engine:
-        """The engine over the base model with this digest.
+    def engine(self, wanted: Reference, precision: str = "auto") -> Engine | TextGenerator:
+        """The engine that runs adapters of this type on the base model with this digest.
+
+        Args:
+            precision: `auto`, `int8`, `bf16` or `fp32`. Where int8 cannot be computed, fp32 takes its place: int8 was
+                released because it gives the answers of fp32.
 
         Raises:
-            ServiceError: It is not on this machine, or it is not the one the adapter was trained on.
+            ServiceError: The base model is not on this machine, or it is not the one the adapter was trained on.
             SpecError: The reference names nothing here.
         """
+        writes = wanted.type != "text-classification"
+        precision = self._precision if precision == "auto" else precision
+        if not writes:
+            device = pick_device(self._device)
+            gap = int8_gap(device) if precision == "int8" else ""
+            if gap:
+                logger.warning("released in int8, served in fp32: %s", gap)
+            precision = pick_precision("fp32" if gap else precision, device)
+        key = (wanted.base.digest, writes, precision)
         with self._lock:
-            engine = self._engines.get(wanted.digest)
+            engine = self._engines.get(key)
             if engine is None:
-                base = self._known.get(wanted.digest) or resolve(wanted.model)
-                if base.digest != wanted.digest:
-                    raise ServiceError(
-                        f"base model '{wanted.model}' is {base.digest[:12]} here, "
-                        f"the adapter was trained on {wanted.digest[:12]}",
-                        where=str(base.path),
-                        mend="Install the version it was trained on.",
-                    )
-                precision, threads, device = self._settings
-                engine = self._engines[wanted.digest] = Engine(base, precision, threads, device)
+                make = self._writer if writes else Engine
+                engine = self._engines[key] = make(self._base(wanted), precision, self._threads, self._device)
             return engine
+
+    def close(self) -> None:
+        """End the engines that write texts; what they have not answered fails."""
+        with self._lock:
+            for engine in self._engines.values():
+                if not isinstance(engine, Engine):
+                    engine.close()
+            self._engines = {}
+
+    def _base(self, wanted: Reference) -> BaseModel:
+        base = self._known.get(wanted.base.digest) or resolve(wanted.base.model)
+        if base.digest != wanted.base.digest:
+            raise ServiceError(
+                f"base model '{wanted.base.model}' is {base.digest[:12]} here, "
+                f"the adapter was trained on {wanted.base.digest[:12]}",
+                where=str(base.path),
+                mend="Install the version it was trained on.",
+            )
+        return base
+
+    def _writer(self, base: BaseModel, precision: str, threads: int | None, device: str) -> TextGenerator:
+        if self._generation == "vllm":
+            from bento.generation.vllm_engine import VllmGenerator
+
+            return VllmGenerator(base, precision, threads, device)
+        from bento.generation.engine import Generator
+
+        return Generator(base, precision, threads, device)
+
+
+@dataclass(frozen=True)
+class _Place:
+    engine: Engine | TextGenerator
+    nbytes: int
 
 
 class AdapterStore:
-    """Loaded adapters, at most `limit` of them. Safe in any number of threads.
+    """Loaded adapters, in bounded memory. Safe in any number of threads.
 
     Args:
         source: Where folders come from.
         bases: Engines by base model.
-        limit: Adapters kept; the least recently used one goes. Texts in flight keep theirs until they are answered.
+        memory: Bytes the adapters may take together; the least recently used ones go, the one just asked for stays.
+            Texts in flight keep theirs until they are answered.
     """
 
-    def __init__(self, source: AdapterSource, bases: BasePool, limit: int = 64) -> None:
-        if limit < 1:
-            raise ServiceError(
-                f"at most {limit} adapters is no adapter", where="FT_MAX_ADAPTERS", mend="Set at least 1."
-            )
-        self._source, self._bases, self._limit = source, bases, limit
-        self._engines: OrderedDict[str, Engine] = OrderedDict()
+    def __init__(self, source: AdapterSource, bases: BasePool, memory: int = ADAPTER_MEMORY) -> None:
+        self._source, self._bases, self._memory = source, bases, memory
+        self._places: OrderedDict[tuple[str, str], _Place] = OrderedDict()
         self._lock = threading.Lock()
-        self._loading: dict[str, threading.Lock] = {}
+        self._loading: dict[tuple[str, str], threading.Lock] = {}
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Digests in memory, least recently used first."""
         with self._lock:
-            return tuple(self._engines)
+            return tuple(dict.fromkeys(digest for digest, _ in self._places))
 
-    def peek(self, digest: str) -> tuple[Engine, Adapter] | None:
-        """The adapter if it is in memory; never loads."""
+    @property
+    def nbytes(self) -> int:
+        """Memory the adapters take."""
         with self._lock:
-            engine = self._engines.get(digest)
-            if engine is None:
-                return None
-            self._engines.move_to_end(digest)
-            return engine, engine.adapter(digest)
+            return sum(place.nbytes for place in self._places.values())
 
-    def get(self, digest: str) -> tuple[Engine, Adapter]:
-        """The adapter and the engine that runs it, loaded if need be; threads that want the same one load it once.
+    def peek(self, digest: str, precision: str = "auto") -> tuple[Any, Any] | None:
+        """The adapter if it is in memory; never loads."""
+        key = (digest, precision)
+        with self._lock:
+            place = self._places.get(key)
+            if place is None:
+                return None
+            self._places.move_to_end(key)
+            return place.engine, place.engine.adapter(digest)
+
+    def get(self, digest: str, precision: str = "auto") -> tuple[Any, Any]:
+        """The engine and its adapter, loaded if need be; threads that want the same one load it once.
+
+        Returns:
+            `Engine` and its `Adapter`, or `TextGenerator` and its.
 
         Raises:
             ArtefactError: It is missing or damaged.
             ServiceError: It cannot be served exactly.
             SpecError: Its base model is not on this machine.
         """
-        there = self.peek(digest)
+        there = self.peek(digest, precision)
         if there is not None:
             return there
+        key = (digest, precision)
         with self._lock:
-            turn = self._loading.setdefault(digest, threading.Lock())
+            turn = self._loading.setdefault(key, threading.Lock())
         with turn:
-            there = self.peek(digest)
+            there = self.peek(digest, precision)
             if there is not None:
                 return there
-            engine, adapter = self._load(digest)
+            engine, adapter = self._load(digest, precision)
             with self._lock:
-                self._engines[digest] = engine
-                self._loading.pop(digest, None)
-                while len(self._engines) > self._limit:
-                    old, its_engine = self._engines.popitem(last=False)
-                    its_engine.unload(old)
+                self._places[key] = _Place(engine, adapter.nbytes)
+                self._loading.pop(key, None)
+                self._make_room()
             return engine, adapter
 
-    def _load(self, digest: str) -> tuple[Engine, Adapter]:
+    def _make_room(self) -> None:
+        taken = sum(place.nbytes for place in self._places.values())
+        while taken > self._memory and len(self._places) > 1:
+            (old, _), place = self._places.popitem(last=False)
+            taken -= place.nbytes
+            # `auto` may share an engine with the precision it stands for
+            if not any(digest == old and other.engine is place.engine for (digest, _), other in self._places.items()):
+                place.engine.unload(old)
+
+    def _load(self, digest: str, precision: str) -> tuple[Engine | TextGenerator, Loaded]:
         try:
             folder = self._source.folder(digest)
         except (OSError, json.JSONDecodeError) as error:
             raise ArtefactError(
                 f"adapter {digest[:12]} cannot be read: {error}", mend="Check the lake and its permissions."
             ) from error
-        engine = self._bases.engine(read_manifest(folder).base)
+        engine = self._bases.engine(read_reference(folder), precision)
         return engine, engine.load(digest, folder)

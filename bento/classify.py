@@ -36,17 +36,6 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield group
 
 
-def pooled_states(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """float32 [rows, hidden]: mean over the tokens of each row, or its first (`cls`) or last token."""
-    if pooling == "cls":
-        return states[:, 0].float()
-    if pooling == "last":
-        last = mask.sum(1).long() - 1
-        return states[torch.arange(len(states), device=states.device), last].float()
-    weights = mask.unsqueeze(-1).to(torch.float32)
-    return (states.float() * weights).sum(1) / weights.sum(1)
-
-
 def classify(
     pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: tuple[str, ...], temperature: float
 ) -> Iterator[Scored]:

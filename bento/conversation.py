@@ -23,6 +23,17 @@ Fields = Mapping[str, "Field"]
 
 ROLES = ("system", "user", "assistant")
 INSTRUCTION = "Extract the fields below from the document."
+ALPACA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
+    "{% else %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+"""The chat template given to a base model that has none."""
+WRITTEN = {"whitespace_flexible": False, "json_allowed_escapes": 'nrtbf\\"'}
+"""How `answer_json` writes, in the words of the grammar library: no blanks, and no character as its number."""
 FIELD_NAME = re.compile(r"\w(?:[\w .-]{0,62}\w)?")
 _EXACT = 2**53
 """Whole numbers up to here are the same as integers and as floats."""
@@ -125,6 +136,21 @@ def answer_json(values: Mapping[str, Any], fields: Fields) -> str:
         DataError: A value does not fit its field; see `parse_answer`.
     """
     return json.dumps(_fitting(values, fields), ensure_ascii=False, separators=(",", ":"))
+
+
+def answer_schema(fields: Fields) -> dict[str, Any]:
+    """The JSON schema of an answer: every declared field in declared order, null where one need not be there."""
+    properties: dict[str, Any] = {}
+    for name, field in fields.items():
+        value: dict[str, Any] = {"enum": list(field.enum)} if field.enum else {"type": field.type}
+        properties[name] = value if field.required else {"anyOf": [value, {"type": "null"}]}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(fields),
+        "additionalProperties": False,
+        "x-guidance": WRITTEN,
+    }
 
 
 def parse_answer(text: str, fields: Fields) -> dict[str, Value]:

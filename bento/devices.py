@@ -1,12 +1,22 @@
 """Where an engine computes, and in which precision."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 
+from bento.int8 import int8_gap
 from ft_resources.errors import ServiceError
 
+Precision = Literal["int8", "bf16", "fp32"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""Fastest first."""
+DTYPES: dict[Precision, torch.dtype] = {"int8": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Of what is not multiplied in int8."""
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Numbers of these parameters in glibc's malloc.h; 32 MB is the most it takes for the first."""
 PASS_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 65536}
 """Padded tokens of one pass through the model; larger passes gain nothing on that kind of device."""
 
@@ -27,22 +37,59 @@ def pick_device(wanted: str = "") -> torch.device:
     return torch.device(wanted or next(name for name, usable in there.items() if usable))
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of base weights for `auto`, `bf16` or `fp32`.
+def pick_precision(wanted: str, device: torch.device) -> Precision:
+    """What `auto` stands for on `device`: bf16 where it is native, else fp32; other precisions stand for themselves.
 
     Raises:
-        ServiceError: `precision` is none of these.
+        ServiceError: `wanted` is no precision, or int8 and the device cannot multiply in int8.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ServiceError(f"precision '{precision}' is not known", mend="Use auto, bf16 or fp32.")
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-            native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-        precision = "bf16" if native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if wanted == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    if wanted not in PRECISIONS:
+        raise ServiceError(f"precision '{wanted}' is not known", mend=f"Use auto, {', '.join(PRECISIONS)}.")
+    gap = int8_gap(device) if wanted == "int8" else ""
+    if gap:
+        raise ServiceError(f"precision int8 cannot be had: {gap}", where=str(device), mend="Use bf16 or fp32.")
+    return wanted
+
+
+def precisions_of(device: torch.device) -> tuple[Precision, ...]:
+    """What `device` computes faster than fp32, and fp32; fastest first."""
+    there = {"int8": not int8_gap(device), "bf16": native_bf16(device), "fp32": True}
+    return tuple(precision for precision in PRECISIONS if there[precision])
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights that are computed with as they are: see `pick_precision`.
+
+    Raises:
+        ServiceError: `wanted` is none of auto, bf16 and fp32.
+    """
+    if wanted == "int8":
+        raise ServiceError("precision int8 is for serving encoders", mend="Use auto, bf16 or fp32.")
+    return DTYPES[pick_precision(wanted, device)]
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 itself: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with this process, where glibc manages it.
+
+    By default every large result is mapped anew and given back, and the kernel clears its pages each time, which can
+    take longer than computing what is written there.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModel
 
 from bento.adapter_files import AdapterFiles, Manifest, read_adapter
-from bento.classify import Scored, classify, passes, pooled_states
-from bento.devices import PASS_TOKENS, fast_matmul, pick_device, pick_dtype
-from bento.multi_lora import Segments, Update, wrap_linears
+from bento.classify import Scored, classify, passes
+from bento.devices import PASS_TOKENS, pick_device, pick_precision
+from bento.encoder import Encoder
+from bento.multi_lora import Update
 from bento.preparation import prepare
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
@@ -33,6 +33,12 @@ class Adapter:
     head_bias: torch.Tensor
     tokenizer: Tokenizer
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+        updates = [tensor for pair in self.updates.values() for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*updates, self.head_weight, self.head_bias))
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -47,13 +53,13 @@ class Engine:
 
     Args:
         base: The base model, any encoder that `transformers.AutoModel` loads and that keeps the batch first.
-        precision: Of base weights and updates; heads and softmax are float32 always. `auto` takes bf16 where the
-            device multiplies it natively (CUDA; CPUs with AVX512-BF16 or AMX) and fp32 elsewhere.
+        precision: `int8`, `bf16` or `fp32`, see `Encoder`; heads and softmax are float32 always. `auto` takes bf16
+            where the device multiplies it natively (CUDA; CPUs with AVX512-BF16 or AMX) and fp32 elsewhere.
         threads: Threads of one matrix product on the CPU, for the whole process; None leaves torch's choice.
         device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
 
     Raises:
-        ServiceError: The base model cannot be loaded, or the asked device does not exist.
+        ServiceError: The base model cannot be loaded, or the asked device or precision is not there.
     """
 
     def __init__(self, base: BaseModel, precision: str = "auto", threads: int | None = None, device: str = "") -> None:
@@ -61,19 +67,8 @@ class Engine:
             torch.set_num_threads(threads)
         self.base = base
         self.device = pick_device(device)
-        self.dtype = pick_dtype(precision, self.device)
-        try:
-            model = AutoModel.from_pretrained(base.path, dtype=self.dtype, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ServiceError(
-                f"base model '{base.reference}' cannot be loaded: {error}",
-                where=str(base.path),
-                mend="Check that the folder was written by transformers' save_pretrained.",
-            ) from error
-        self._model = model.to(self.device).eval().requires_grad_(False)
-        self._segments = Segments()
-        self._layers = wrap_linears(self._model, self._segments)
-        self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self.precision = pick_precision(precision, self.device)
+        self._encoder = Encoder(base, self.precision, self.device)
         self._tokenizer = _read_tokenizer(base)
         self._tokenizers: dict[int, Tokenizer] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -83,7 +78,7 @@ class Engine:
     @property
     def hidden(self) -> int:
         """Width of the embedding."""
-        return int(self._model.config.hidden_size)
+        return self._encoder.hidden
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -158,7 +153,7 @@ class Engine:
             ServiceError: The model's output is not finite.
         """
         answers: dict[int, Scored] = {}
-        with self._running, torch.inference_mode(), fast_matmul(self.device, self.dtype):
+        with self._running, torch.inference_mode():
             for places in passes([len(one.ids) for one in encoded], PASS_TOKENS[self.device.type]):
                 places.sort(key=lambda place: encoded[place].adapter.digest)
                 answers.update(zip(places, self._pass([encoded[place] for place in places]), strict=True))
@@ -166,27 +161,17 @@ class Engine:
 
     def _pass(self, batch: Sequence[Encoded]) -> list[Scored]:
         """One pass through the model; rows of one adapter stand together in `batch`."""
-        lengths = [len(one.ids) for one in batch]
-        width = max(lengths)
-        ids = torch.full((len(batch), width), self._pad, dtype=torch.long)
-        for row, one in enumerate(batch):
-            ids[row, : lengths[row]] = torch.tensor(one.ids, dtype=torch.long)
-        counts = torch.tensor(lengths, device=self.device)
-        mask = torch.arange(width, device=self.device) < counts[:, None]
         segments = list(_runs([one.adapter for one in batch]))
-        self._segments.rows = len(batch)
-        self._segments.parts = [(start, stop, adapter.updates) for start, stop, adapter in segments]
-        try:
-            states = self._model(
-                input_ids=ids.to(self.device), attention_mask=None if min(lengths) == width else mask.long()
-            ).last_hidden_state
-        finally:
-            self._segments.parts = ()
+        pooled = self._encoder.pooled(
+            [one.ids for one in batch],
+            [(start, stop, adapter.updates) for start, stop, adapter in segments],
+            [one.adapter.manifest.pooling for one in batch],
+        )
         return [
             one
             for start, stop, adapter in segments
             for one in classify(
-                pooled_states(states[start:stop], mask[start:stop], adapter.manifest.pooling),
+                pooled[start:stop],
                 adapter.head_weight,
                 adapter.head_bias,
                 adapter.manifest.labels,
@@ -209,7 +194,7 @@ class Engine:
                 where=str(folder),
                 mend=mend,
             )
-        longest = getattr(self._model.config, "max_position_embeddings", None)
+        longest = getattr(self._encoder.config, "max_position_embeddings", None)
         if longest is not None and files.manifest.max_tokens > longest:
             raise ServiceError(
                 f"max_tokens is {files.manifest.max_tokens}, the base model reads {longest}",
@@ -217,7 +202,7 @@ class Engine:
                 mend="Train with a smaller max_tokens.",
             )
         for module, low in files.updates.items():
-            layer = self._layers.get(module)
+            layer = self._encoder.layers.get(module)
             if layer is None:
                 raise ServiceError(f"the base model has no plain linear layer '{module}'", where=str(folder), mend=mend)
             if (low.a.shape[1], low.b.shape[0]) != (layer.in_features, layer.out_features):
@@ -229,7 +214,7 @@ class Engine:
                 )
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        return tensor.to(device=self.device, dtype=self._encoder.dtype).contiguous()
 
     def _tokenizer_for(self, max_tokens: int) -> Tokenizer:
         with self._loading:

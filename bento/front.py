@@ -1,4 +1,4 @@
-"""What every HTTP request passes first: trace id, key, whole body within the limit, probes."""
+"""What every HTTP request passes first: trace id, caller, limits, whole body, probes; and what is kept of it."""
 
 import asyncio
 import logging
@@ -8,74 +8,203 @@ import uuid
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bento.auth import authorise, is_local
-from bento.batcher import Overloaded
-from bento.protocol import ErrorResponse
+from bento.auth import Doorkeeper, is_local, permit_path
+from bento.lifecycle import Drain, drop_timers
+from bento.limits import RateLimits
+from bento.observation import MODEL_PATHS, Observer
+from bento.phases import Phases
+from bento.protocol import error_content
+from bento.tracing import Parent
 from ft_resources.errors import RequestError
 
 logger = logging.getLogger(__name__)
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})(-.*)?")
 TRACE_ID = re.compile(rb"[A-Za-z0-9_-]{8,32}")
+TIMEOUT = re.compile(rb"[0-9]{1,9}")
 PROBES = ("/livez", "/healthz", "/readyz")
 MAX_BODY = 32 * 2**20
 DRAINED = 8 * MAX_BODY
 """Bytes of a too large body that are read and dropped, so that the caller gets to read the refusal."""
 BODY_SECONDS = 60.0
+GONE = 499
 
 
 class Front:
     """ASGI middleware around everything, BentoML's own endpoints included.
 
-    Leaves in `scope["state"]`: `trace_id`, `arrived` (monotonic seconds), `local` (the caller may see details).
+    Leaves in `scope["state"]`: `trace_id`, `parent` (the caller's span), `arrived` and `deadline` (monotonic
+    seconds), `caller`, `local` (the caller may see details), `phases`. What the handlers leave there is read by
+    `observation.Observer`.
 
     Args:
         app: What follows: BentoML with the mounted application.
         own: The mounted application; it answers the probes, which BentoML would otherwise answer itself.
-        keys: See `auth.authorise`.
+        doors: Tells who asks.
+        limits: How often they may.
+        drain: Whether requests are still taken.
+        observer: Keeps what is known of a request that is over.
+        origins: Sites whose pages may call; `*` for all.
+        seconds: Longest time for one request.
     """
 
-    def __init__(self, app: ASGIApp, own: ASGIApp, keys: Sequence[str]) -> None:
-        self._app, self._own, self._keys = app, own, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        own: ASGIApp,
+        *,
+        doors: Doorkeeper,
+        limits: RateLimits,
+        drain: Drain,
+        observer: Observer,
+        origins: Sequence[str] = (),
+        seconds: float = 300.0,
+    ) -> None:
+        self._app, self._own, self._doors, self._limits = app, own, doors, limits
+        self._drain, self._observer, self._seconds = drain, observer, seconds
+        self._entry: ASGIApp = self._serve
+        if origins:
+            self._entry = CORSMiddleware(
+                self._serve,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["authorization", "content-type", "traceparent", "x-trace-id", "x-timeout-ms"],
+                expose_headers=["x-trace-id", "retry-after"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":  # nothing here speaks it, and nobody would be asked who they are
+            await send({"type": "websocket.close", "code": 1008})
             return
+        if scope["type"] == "lifespan" and "app" in scope:  # the first call there is
+            drop_timers(scope["app"].middleware_stack)
+        await (self._entry if scope["type"] == "http" else self._app)(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         client = scope["client"][0] if scope.get("client") else None
-        trace_id = read_trace_id(headers)
+        trace_id, parent = read_trace(headers)
+        arrived = time.monotonic()
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        state.update(trace_id=trace_id, arrived=time.monotonic(), local=is_local(client, headers))
+        state.update(
+            trace_id=trace_id, parent=parent, arrived=arrived, local=is_local(client, headers), phases=Phases()
+        )
+        status = GONE
 
         async def traced(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-trace-id", trace_id.encode())]
+                status = message["status"]
+                more = [(b"x-trace-id", trace_id.encode())]
+                if self._drain.draining:
+                    more.append((b"connection", b"close"))
+                message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
-        probe = scope["path"] in PROBES
-        try:
-            if not probe:
-                authorise(client, headers, self._keys)
-                state["local"] = True
-            body = await read_body(headers, receive)
-        except RequestError as error:
-            await error_response(error, trace_id)(scope, receive, traced)
+        if scope["path"] in PROBES:
+            await self._probe(scope, receive, traced)
             return
+        self._drain.in_flight += 1
+        try:
+            await self._admit(scope, receive, traced, client, headers)
+        except RequestError as error:
+            state["outcome"] = error.error_code
+            await error_response(error, trace_id, scope["path"])(scope, receive, traced)
+        finally:
+            self._drain.in_flight -= 1
+            self._observer.done(scope["method"], scope["path"], status, state)
+
+    async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._drain.draining and scope["path"] == "/readyz":
+            await JSONResponse({"ready": False}, status_code=503)(scope, receive, send)
+        else:
+            await self._own(scope, receive, send)
+
+    async def _admit(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        client: str | None,
+        headers: Mapping[bytes, bytes],
+    ) -> None:
+        """Answer a request that is no probe.
+
+        Raises:
+            RequestError: It is refused before its answer began.
+        """
+        state = scope["state"]
+        if self._drain.draining:
+            await read_body(headers, receive)  # a connection closed on unread bytes is reset, and the refusal lost
+            raise RequestError(
+                "not_ready", "the service is shutting down", status=503, mend="Ask another instance.", retry_after=1
+            )
+        caller = state["caller"] = self._doors.identify(client, headers)
+        state["local"] = state["local"] or caller.role == "admin"
+        self._limits.take(caller)
+        permit_path(caller, scope["path"])
+        seconds = read_timeout(headers, self._seconds)
+        state["deadline"] = state["arrived"] + seconds
+        body = await read_body(headers, receive)
         if body is None:  # the caller went away
             return
-        await (self._own if probe else self._app)(scope, replay(body, receive), traced)
+        started = False
+
+        async def starting(message: Message) -> None:
+            nonlocal started
+            if not started:  # an answer that began is not cut off
+                started = True
+                limit.reschedule(None)
+            await send(message)
+
+        try:
+            async with asyncio.timeout(state["deadline"] - time.monotonic()) as limit:
+                # BentoML's layers add nothing to what the mounted application answers, and cost 0.1 ms
+                following = self._own if scope["path"] in MODEL_PATHS else self._app
+                await following(scope, replay(body, receive), starting)
+        except TimeoutError:
+            if started:
+                raise
+            raise deadline_exceeded(seconds) from None
 
 
-def read_trace_id(headers: Mapping[bytes, bytes]) -> str:
-    """The caller's trace id (W3C `traceparent`, else `x-trace-id`) when it is valid, else a new one."""
+def read_trace(headers: Mapping[bytes, bytes]) -> tuple[str, Parent | None]:
+    """The caller's trace id (W3C `traceparent`, else `x-trace-id`) when it is valid, else a new one; and its span."""
     match = TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
     if match is not None and match["trace"].strip(b"0"):
-        return match["trace"].decode()
+        span = int(match["span"], 16)
+        return match["trace"].decode(), Parent(span, bool(int(match["flags"], 16) & 1)) if span else None
     own = headers.get(b"x-trace-id", b"")
-    return own.decode() if TRACE_ID.fullmatch(own) else uuid.uuid4().hex
+    return own.decode() if TRACE_ID.fullmatch(own) else uuid.uuid4().hex, None
+
+
+def read_timeout(headers: Mapping[bytes, bytes], most: float) -> float:
+    """Seconds the caller is willing to wait (`x-timeout-ms`), at most `most`.
+
+    Raises:
+        RequestError: `invalid_request`.
+    """
+    value = headers.get(b"x-timeout-ms")
+    if value is None:
+        return most
+    if TIMEOUT.fullmatch(value) is None or int(value) == 0:
+        raise RequestError(
+            "invalid_request", "x-timeout-ms is no number of milliseconds", status=422, mend="Send a whole number."
+        )
+    return min(most, int(value) / 1000)
+
+
+def deadline_exceeded(seconds: float) -> RequestError:
+    """The answer to a request whose time is over."""
+    return RequestError(
+        "deadline_exceeded",
+        f"there was no answer within {seconds:g} s",
+        status=504,
+        mend="Send fewer inputs, or allow more time with x-timeout-ms.",
+    )
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
@@ -131,22 +260,12 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def error_response(error: RequestError, trace_id: str) -> JSONResponse:
-    """The JSON answer to a refused request."""
-    content = ErrorResponse(
-        error_code=error.error_code,
-        message=_printable(error.what),
-        mend=_printable(error.mend),
-        trace_id=trace_id,
-    )
+def error_response(error: RequestError, trace_id: str, path: str) -> JSONResponse:
+    """The JSON answer to a refused request to `path`."""
+    content, status = error_content(error, trace_id, path)
     headers = {}
-    if error.status == 503:
-        headers["retry-after"] = str(error.retry_after if isinstance(error, Overloaded) else 1)
+    if error.retry_after is not None or error.status == 503:
+        headers["retry-after"] = str(error.retry_after or 1)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(content.model_dump(), status_code=error.status, headers=headers)
-
-
-def _printable(text: str) -> str:
-    """`text` without what UTF-8 cannot carry: callers' own words stand in it."""
-    return text.encode("utf-8", "replace").decode()
+    return JSONResponse(content, status_code=status, headers=headers)

@@ -10,6 +10,11 @@ from ft_resources.errors import RequestError
 
 MAX_INPUTS = 256
 MAX_CHARS = 100_000
+MAX_TOKENS = 32_768
+DEFAULT_TOKENS = 256
+TAGS = ("<text>", "<conversation>")
+"""Forms of an input; pydantic puts them into the place of a problem."""
+LEAVE_OUT = "Leave it out; what is supported is described at /docs."
 
 ErrorCode = Literal[
     "invalid_request",
@@ -18,9 +23,16 @@ ErrorCode = Literal[
     "input_too_large",
     "unknown_prediction",
     "unknown_label",
+    "wrong_task_type",
+    "unsupported_parameter",
+    "invalid_input",
     "overloaded",
     "log_unavailable",
     "unauthorized",
+    "forbidden",
+    "rate_limited",
+    "content_filtered",
+    "deadline_exceeded",
     "not_ready",
     "internal",
 ]
@@ -50,21 +62,60 @@ def not_blank(value: str) -> str:
 
 Text = Annotated[str, pydantic.AfterValidator(storable)]
 Name = Annotated[Text, pydantic.Field(min_length=1, max_length=128)]
-Input = Annotated[Text, pydantic.AfterValidator(not_blank), pydantic.Field(min_length=1, max_length=MAX_CHARS)]
+Input = Annotated[
+    Text,
+    pydantic.AfterValidator(not_blank),
+    pydantic.Field(min_length=1, max_length=MAX_CHARS, json_schema_extra={"pattern": r"\S"}),
+]
+Stop = Annotated[Text, pydantic.Field(min_length=1, max_length=64)]
+
+
+TIME: pydantic.TypeAdapter[datetime] = pydantic.TypeAdapter(Annotated[datetime, pydantic.Field(strict=False)])
 
 
 class Request(pydantic.BaseModel):
     """What a caller writes: unknown fields are refused, nothing is converted silently."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Message(Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Input
+
+
+Conversation = Annotated[list[Message], pydantic.Field(min_length=1, max_length=MAX_INPUTS)]
+AnyInput = Annotated[
+    Annotated[Input, pydantic.Tag(TAGS[0])] | Annotated[Conversation, pydantic.Tag(TAGS[1])],
+    pydantic.Discriminator(lambda value: TAGS[isinstance(value, list)]),
+]
+
+
+class Parameters(Request):
+    """How a text is generated."""
+
+    max_tokens: Annotated[int, pydantic.Field(ge=1, le=MAX_TOKENS)] | None = pydantic.Field(
+        None, description=f"Most tokens of an answer; default {DEFAULT_TOKENS}."
+    )
+    temperature: float = pydantic.Field(0.0, ge=0, le=2, description="0: always the most probable token.")
+    top_p: float = pydantic.Field(1.0, gt=0, le=1, description="Draw from the fewest tokens that reach this share.")
+    seed: Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)] | None = pydantic.Field(
+        None, description="The same seed, input and adapter give the same text."
+    )
+    stop: list[Stop] = pydantic.Field([], max_length=4, description="The text ends before the first of these.")
 
 
 class PredictRequest(Request):
-    """Texts for one task."""
+    """Inputs for one task."""
 
     task: Name = pydantic.Field(description="Full name of a released task.", examples=["mail-triage"])
-    inputs: list[Input] = pydantic.Field(
-        min_length=1, max_length=MAX_INPUTS, description="Texts to classify, each up to 100,000 characters."
+    inputs: list[AnyInput] = pydantic.Field(
+        min_length=1,
+        max_length=MAX_INPUTS,
+        description="Texts, each up to 100,000 characters. A text-generation task also takes conversations, which end "
+        "with what the user says; a text alone is what the user says.",
     )
     model_version: Name | None = pydantic.Field(
         None,
@@ -72,9 +123,15 @@ class PredictRequest(Request):
         "8 hex digits of the digest of an adapter that was released for the task.",
     )
     user: Name | None = pydantic.Field(None, description="Who asks: the same user gets the same adapter.")
+    parameters: Parameters | None = pydantic.Field(None, description="text-generation and extraction only.")
     event_time: datetime | None = pydantic.Field(
         None, description="When the inputs came into being (ISO 8601, UTC without an offset); default: now."
     )
+
+    @pydantic.field_validator("event_time", mode="before")
+    @classmethod
+    def _written(cls, value: Any) -> Any:
+        return TIME.validate_python(value) if isinstance(value, str) else value
 
     @pydantic.field_validator("event_time")
     @classmethod
@@ -88,21 +145,51 @@ class PredictRequest(Request):
 
 
 class PredictResult(pydantic.BaseModel):
-    """The answer to one input."""
+    """The label of one input."""
 
     prediction_id: str = pydantic.Field(description="Name it in /feedback.")
     label: str
     confidence: float = pydantic.Field(description="Calibrated probability of the label.")
     probabilities: dict[str, float] = pydantic.Field(description="Probability of every label.")
+    decision: Literal["accept", "review"] = pydantic.Field(
+        description="review: less confident than the task's `serving.review_below`; a person should look at it."
+    )
+
+
+class TextResult(pydantic.BaseModel):
+    """The text that answers one input of a text-generation or extraction task."""
+
+    prediction_id: str = pydantic.Field(description="Name it in /feedback.")
+    text: str
+    fields: dict[str, str | int | float | bool | None] | None = pydantic.Field(
+        None, description="What was extracted; null for other tasks, and where the text does not hold every field."
+    )
+    confidence: float = pydantic.Field(description="Geometric mean of the tokens' probabilities; not calibrated.")
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class FailedResult(pydantic.BaseModel):
+    """One input that could not be answered while others could."""
+
+    status: Literal["error"] = "error"
+    error_code: ErrorCode
+    message: str
+    mend: str
 
 
 class PredictResponse(pydantic.BaseModel):
-    """Answers in the order of the inputs. Each is recorded before it is sent."""
+    """Answers in the order of the inputs. Each is recorded before it is sent.
+
+    A malformed input refuses the request. One that only shows to be unanswerable while it is worked on fails alone: its
+    result says so, and `status` is `partial`; when none can be answered, the first one's error answers the request.
+    """
 
     model_config = pydantic.ConfigDict(protected_namespaces=())
 
-    status: Literal["ok"] = "ok"
-    results: list[PredictResult]
+    status: Literal["ok", "partial"] = "ok"
+    results: list[PredictResult | TextResult | FailedResult]
     task: str
     model: str = pydantic.Field(description="`task@model_version`.")
     model_version: str
@@ -114,19 +201,22 @@ class PredictResponse(pydantic.BaseModel):
 
 
 class FeedbackRequest(Request):
-    """What a person says of an answer: the true label, or whether it was right."""
+    """What a person says of an answer: the true label or text, or whether it was right."""
 
     prediction_id: Annotated[Text, pydantic.Field(min_length=1, max_length=64)]
     label: Annotated[Text, pydantic.Field(min_length=1, max_length=256)] | None = pydantic.Field(
         None, description="The true label, one of the task's."
+    )
+    text: Input | None = pydantic.Field(
+        None, description="What a text-generation or extraction task should have answered; of an extraction as JSON."
     )
     rating: Literal[-1, 1] | None = pydantic.Field(None, description="1: the answer was right; -1: it was wrong.")
     author: Name = pydantic.Field("anonymous", description="Who says so.")
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> "FeedbackRequest":
-        if self.label is None and self.rating is None:
-            raise ValueError("give a label or a rating")
+        if self.label is None and self.text is None and self.rating is None:
+            raise ValueError("give a label or a rating, or a text for a task that writes texts")
         return self
 
 
@@ -137,6 +227,45 @@ class FeedbackResponse(pydantic.BaseModel):
     prediction_id: str
     stored: bool = pydantic.Field(description="False: exactly this was known already.")
     trace_id: str
+    error_code: None = None
+
+
+class ExplainRequest(Request):
+    """A text whose label is to be explained."""
+
+    task: Name = pydantic.Field(description="Full name of a released classification task.", examples=["mail-triage"])
+    input: Input
+    label: Name | None = pydantic.Field(None, description="Whose probability is explained; default: the label given.")
+    model_version: Name | None = pydantic.Field(None, description="As in /predict.")
+
+
+class Attribution(pydantic.BaseModel):
+    """What a part of the text adds to the probability."""
+
+    text: str
+    start: int = pydantic.Field(description="First character in the input.")
+    end: int = pydantic.Field(description="Character after the last.")
+    weight: float = pydantic.Field(description="Negative: the part speaks against the label.")
+
+
+class ExplainResponse(pydantic.BaseModel):
+    """Shapley values of the parts of a text: `base` and all weights add up to `probability`."""
+
+    model_config = pydantic.ConfigDict(protected_namespaces=())
+
+    status: Literal["ok"] = "ok"
+    task: str
+    label: str
+    probability: float = pydantic.Field(description="Of the label, for the whole text.")
+    base: float = pydantic.Field(description="Of the label, for no text at all.")
+    attributions: list[Attribution]
+    evaluations: int = pydantic.Field(description="Texts that were scored for it.")
+    model: str
+    model_version: str
+    release: str
+    adapter: str
+    trace_id: str
+    latency_ms: float
     error_code: None = None
 
 
@@ -151,10 +280,13 @@ class LiveShare(pydantic.BaseModel):
     share: float
 
 
-class TaskModels(pydantic.BaseModel):
+class Model(pydantic.BaseModel):
     """The models of one task."""
 
-    id: str = pydantic.Field(description="Full name of the task.")
+    id: str = pydantic.Field(description="Full name of the task, or `task@model_version`.")
+    object: Literal["model"] = "model"
+    created: int = pydantic.Field(description="When the release was put in force, in seconds since 1970.")
+    owned_by: str = pydantic.Field(description="The tenant of the task.")
     live: list[LiveShare]
     versions: list[str] = pydantic.Field(description="Model versions that may be asked for, oldest first.")
 
@@ -164,8 +296,17 @@ class ModelsResponse(pydantic.BaseModel):
 
     status: Literal["ok"] = "ok"
     object: Literal["list"] = "list"
-    data: list[TaskModels]
+    data: list[Model]
     error_code: None = None
+
+
+class OpenAIError(pydantic.BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
 
 
 class ErrorResponse(pydantic.BaseModel):
@@ -177,12 +318,18 @@ class ErrorResponse(pydantic.BaseModel):
     mend: str
     trace_id: str
     results: None = None
+    error: OpenAIError | None = pydantic.Field(None, description="The same in OpenAI's form; at /v1/ only.")
 
 
-def explain(problems: Sequence[Mapping[str, Any]]) -> RequestError:
-    """The one error that stands for the problems pydantic found; callers' values are not repeated in it."""
+def explain(problems: Sequence[Mapping[str, Any]], unknown: ErrorCode = "invalid_request") -> RequestError:
+    """The one error that stands for the problems pydantic found; callers' values are not repeated in it.
+
+    Args:
+        unknown: Code of the error for a field that there is not.
+    """
     first = problems[0]
-    loc = first["loc"][1:] if first["loc"][:1] == ("body",) else first["loc"]
+    loc = [part for part in first["loc"] if part not in TAGS]
+    loc = loc[1:] if loc[:1] == ["body"] else loc
     where = ".".join(map(str, loc)) or "body"
     kind = first["type"]
     if kind == "json_invalid":
@@ -194,19 +341,59 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> RequestError:
             status=422,
             mend="Send a JSON object with the header 'content-type: application/json'.",
         )
-    if where.startswith("inputs") and kind in ("too_long", "string_too_long"):
+    if where.startswith(("inputs", "input", "prompt", "messages")) and kind in ("too_long", "string_too_long"):
         return RequestError(
             "input_too_large",
             f"field '{where[:100]}' is too long",
             status=413,
             mend=f"Send at most {MAX_INPUTS} inputs of at most {MAX_CHARS:,} characters.",
+            field=where[:100],
+        )
+    if kind == "unsupported_parameter":
+        return RequestError(
+            "unsupported_parameter", f"field '{where[:100]}': {first['msg']}", status=422, mend=LEAVE_OUT, field=where
         )
     subject = "the body" if where == "body" else f"field '{where[:100]}'"
     what = str(first["msg"]).removeprefix("Value error, ")
     more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
     return RequestError(
-        "invalid_request",
+        unknown if kind == "extra_forbidden" else "invalid_request",
         f"{subject}: {what[:300]}{more}",
         status=422,
         mend="The protocol is described at /docs.",
+        field="" if where == "body" else where[:100],
     )
+
+
+CODES = {
+    "unauthorized": "invalid_api_key",
+    "unknown_task": "model_not_found",
+    "unknown_version": "model_not_found",
+    "input_too_large": "context_length_exceeded",
+    "rate_limited": "rate_limit_exceeded",
+    "content_filtered": "content_filter",
+}
+"""Names of errors that OpenAI's clients know; the others keep ours."""
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_content(error: RequestError, trace_id: str, path: str) -> tuple[dict[str, Any], int]:
+    """Body and HTTP status of a refused request; below /v1/ also in OpenAI's form, with the statuses it uses."""
+    what, mend = _printable(error.what), _printable(error.mend)
+    answer = ErrorResponse(error_code=error.error_code, message=what, mend=mend, trace_id=trace_id)
+    if not path.startswith("/v1/"):
+        return answer.model_dump(exclude={"error"}), error.status
+    status = 400 if error.status in (413, 422) else error.status
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    answer.error = OpenAIError(
+        message=f"{what}. {mend}" if mend else what,
+        type=kind,
+        param=_printable(error.field) or None,
+        code=CODES.get(error.error_code, error.error_code),
+    )
+    return answer.model_dump(), status
+
+
+def _printable(text: str) -> str:
+    """`text` without what UTF-8 cannot carry: callers' own words stand in it."""
+    return text.encode("utf-8", "replace").decode()

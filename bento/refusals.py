@@ -1,22 +1,17 @@
 """Turning every kind of error into the one JSON answer of the protocol."""
 
 import logging
-import time
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from bento.backend import CallerGone
 from bento.front import error_response
-from bento.metrics import Subject, metrics
-from bento.protocol import explain
+from bento.protocol import ErrorCode, explain
 from ft_resources.errors import RequestError
 
 logger = logging.getLogger(__name__)
-
-
-class CallerGone(Exception):
-    """The caller closed the connection before the answer was there."""
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -32,15 +27,14 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     if error.status >= 500:
         logger.warning("%s trace=%s %s", error.error_code, request.state.trace_id, error.what)
-    if request.url.path == "/predict":
-        subject = getattr(request.state, "subject", Subject())
-        metrics().count(subject, error.error_code, time.monotonic() - request.state.arrived)
-    return error_response(error, request.state.trace_id)
+    request.state.outcome = error.error_code
+    return error_response(error, request.state.trace_id, request.url.path)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return await _refused(request, explain(error.errors()))
+    unknown: ErrorCode = "unsupported_parameter" if request.url.path.startswith("/v1/") else "invalid_request"
+    return await _refused(request, explain(error.errors(), unknown))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -69,5 +63,6 @@ async def _fault(request: Request, error: Exception) -> Response:
     return await _refused(request, fault)
 
 
-async def _gone(_: Request, __: Exception) -> Response:
+async def _gone(request: Request, _: Exception) -> Response:
+    request.state.outcome = "cancelled"
     return Response(status_code=499)

@@ -1,16 +1,30 @@
 """Predictions are in the ledger before their answers go out: one transaction for all answers of a batch."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
+from bento.conversation import Value
 from ft_resources.errors import RequestError
 from ft_resources.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Text:
+    """An answer that was generated."""
+
+    output: str
+    finish_reason: Literal["stop", "length", "cancelled"]
+    """`cancelled`: the caller went away before its end."""
+    prompt_tokens: int
+    completion_tokens: int
+    fields: Mapping[str, Value] | None = None
+    """What was extracted; None for other tasks, and where the output does not hold every field."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +39,18 @@ class Prediction:
     """Digest, 64 hex digits."""
     input: str
     label: str
+    """Empty where the answer is a text."""
     confidence: float
     probabilities: dict[str, float]
     embedding: np.ndarray
-    """float16 [hidden]"""
+    """float16 [hidden]; empty where the answer is a text."""
     user: str | None
     trace_id: str
     latency_ms: float
     """From the arrival of the request to the moment its answer was handed to the log."""
     event_time: datetime
+    decision: Literal["accept", "review"] | None = None
+    text: Text | None = None
 
     def row(self, answered_at: datetime) -> dict[str, Any]:
         """The columns of the ledger's `predictions`."""
@@ -53,6 +70,11 @@ class Prediction:
             "latency_ms": self.latency_ms,
             "event_time": self.event_time,
             "answered_at": answered_at,
+            "decision": self.decision,
+            "output": self.text.output if self.text else None,
+            "finish_reason": self.text.finish_reason if self.text else None,
+            "prompt_tokens": self.text.prompt_tokens if self.text else None,
+            "completion_tokens": self.text.completion_tokens if self.text else None,
         }
 
 

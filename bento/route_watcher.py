@@ -114,11 +114,19 @@ class Routes:
                 self._adopt(routes, route)
         for task, row in fresh.items():
             try:
-                shares = read_plan(task, row["plan"])
+                plan = read_plan(task, row["plan"])
             except ServiceError as error:
                 self._fail(task, int(row["revision"]), str(error))
             else:
-                self._adopt(routes, Route(task, int(row["revision"]), shares, released[task]))
+                route = Route(
+                    task,
+                    int(row["revision"]),
+                    plan.shares,
+                    released[task],
+                    plan.review_below,
+                    row["created_at"].timestamp(),
+                )
+                self._adopt(routes, route)
         waiting = {task: failure.message for task, failure in self._failures.items() if task not in routes}
         table = RouteTable(routes, waiting)
         changed = table != self._table
@@ -130,7 +138,7 @@ class Routes:
         try:
             for entry in route.entries:
                 if entry.share > 0:
-                    self._store.get(entry.adapter)
+                    self._store.get(entry.adapter, entry.precision)
         except (FtError, OSError, RuntimeError) as error:  # RuntimeError: out of memory on the device
             self._fail(route.task, route.revision, str(error))
         else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -15,6 +15,7 @@ from ft_resources.errors import RequestError, ServiceError
 
 CHAMPION = "champion"
 MIN_DIGEST = 8
+Precision = Literal["auto", "int8", "bf16", "fp32"]
 
 
 class RouteEntry(pydantic.BaseModel):
@@ -26,12 +27,16 @@ class RouteEntry(pydantic.BaseModel):
     model_version: str = pydantic.Field(min_length=1)
     release_id: str = pydantic.Field(min_length=1)
     share: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    precision: Precision = "auto"
+    """What it was evaluated in; `auto`: bf16 where the machine has it, else fp32."""
 
 
 class RoutePlan(pydantic.BaseModel):
     """The `plan` column of a route: the live shares, champion first."""
 
     shares: tuple[RouteEntry, ...] = pydantic.Field(min_length=1)
+    review_below: float = pydantic.Field(0.0, ge=0, le=1)
+    """Labels less confident than this are for a person to review."""
 
     @pydantic.field_validator("shares")
     @classmethod
@@ -52,6 +57,9 @@ class Route:
     revision: int
     entries: tuple[RouteEntry, ...]
     released: tuple[RouteEntry, ...] = ()
+    review_below: float = 0.0
+    since: float = 0.0
+    """When it was put in force, in seconds since 1970; 0 where that is not known."""
 
     def live(self, key: str) -> RouteEntry:
         """The entry whose part of [0, total of shares) the hash of `key` falls into: equal keys, equal entry.
@@ -154,6 +162,8 @@ class _ReleaseFile(pydantic.BaseModel):
     release_id: str
     model_version: str
     adapter: str
+    review_below: float = pydantic.Field(0.0, ge=0, le=1)
+    precision: Precision = "auto"
 
 
 def read_baked(root: Path) -> BakedRelease | None:
@@ -173,21 +183,27 @@ def read_baked(root: Path) -> BakedRelease | None:
             f"release.json is not a release: {error}", where=str(path), mend="Build the Bento again."
         ) from None
     entry = RouteEntry(
-        adapter=release.adapter, model_version=release.model_version, release_id=release.release_id, share=1.0
+        adapter=release.adapter,
+        model_version=release.model_version,
+        release_id=release.release_id,
+        share=1.0,
+        precision=release.precision,
     )
     return BakedRelease(
-        Route(release.task, 0, (entry,), (entry,)), resolve(str(root / "models" / "base")), root / "models" / "adapter"
+        Route(release.task, 0, (entry,), (entry,), release.review_below),
+        resolve(str(root / "models" / "base")),
+        root / "models" / "adapter",
     )
 
 
-def read_plan(task: str, plan: Mapping[str, Any]) -> tuple[RouteEntry, ...]:
-    """The entries of a stored plan.
+def read_plan(task: str, plan: Mapping[str, Any]) -> RoutePlan:
+    """A stored plan.
 
     Raises:
         ServiceError: The plan cannot be followed.
     """
     try:
-        return RoutePlan.model_validate(plan).shares
+        return RoutePlan.model_validate(plan)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field_ = ".".join(str(part) for part in first["loc"])
@@ -199,6 +215,12 @@ def read_plan(task: str, plan: Mapping[str, Any]) -> tuple[RouteEntry, ...]:
 def released_entries(releases: Sequence[Mapping[str, Any]]) -> tuple[RouteEntry, ...]:
     """Every release of a task as an entry without traffic, oldest first."""
     return tuple(
-        RouteEntry(adapter=row["adapter"], model_version=row["model_version"], release_id=row["id"], share=0.0)
+        RouteEntry(
+            adapter=row["adapter"],
+            model_version=row["model_version"],
+            release_id=row["id"],
+            share=0.0,
+            precision=row.get("decision", {}).get("precision", "auto"),
+        )
         for row in releases
     )

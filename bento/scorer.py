@@ -3,75 +3,31 @@
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pydantic
 from sqlalchemy.exc import SQLAlchemyError
 
-from bento.adapters import AdapterStore, BakedAdapter, BasePool, LakeAdapters
+from bento.adapters import ADAPTER_MEMORY, AdapterStore, BakedAdapter, BasePool, LakeAdapters
+from bento.admitted import Admitted, Answers, Classifier, Failed, Measured, Piece
 from bento.classify import Scored
+from bento.content_filter import ContentFilter
+from bento.conversation import answer_json, parse_answer
 from bento.engine import Adapter, Encoded, Engine
+from bento.generation.manifest import GenerationManifest
 from bento.protocol import FeedbackRequest, PredictRequest, explain
 from bento.request_log import Prediction, RequestLog
 from bento.route_watcher import Routes
 from bento.routing import RouteEntry, RouteTable, read_baked
-from ft_resources.errors import FtError, RequestError, ServiceError
+from bento.texts import Asked, Prompted, Turn, Work, Writer, unanswerable, wrong_type
+from ft_resources.errors import DataError, FtError, RequestError, ServiceError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One text of a request, tokenised, with the engine that runs it."""
-
-    engine: Engine
-    encoded: Encoded
-
-
-@dataclass(frozen=True, eq=False)
-class Admitted:
-    """A request that has its adapter and its tokens."""
-
-    request: PredictRequest
-    entry: RouteEntry
-    prediction_ids: tuple[str, ...]
-    pieces: tuple[Piece, ...]
-    trace_id: str
-    arrived: float
-
-    @property
-    def costs(self) -> list[int]:
-        """Tokens of each text."""
-        return [len(piece.encoded.ids) for piece in self.pieces]
-
-    def answers(self, scored: Sequence[Scored]) -> list[Prediction]:
-        """The predictions, in the order of the inputs."""
-        request, entry, now = self.request, self.entry, datetime.now(UTC)
-        latency = (time.monotonic() - self.arrived) * 1000
-        return [
-            Prediction(
-                prediction_id=prediction_id,
-                task=request.task,
-                release_id=entry.release_id,
-                model_version=entry.model_version,
-                adapter=entry.adapter,
-                input=text,
-                label=one.label,
-                confidence=one.confidence,
-                probabilities=dict(zip(one.labels, one.probabilities.tolist(), strict=True)),
-                embedding=one.embedding,
-                user=request.user,
-                trace_id=self.trace_id,
-                latency_ms=latency,
-                event_time=request.event_time or now,
-            )
-            for prediction_id, text, one in zip(self.prediction_ids, request.inputs, scored, strict=True)
-        ]
 
 
 class Scorer:
@@ -81,9 +37,16 @@ class Scorer:
     """
 
     def __init__(
-        self, routes: Routes, store: AdapterStore, bases: BasePool, ledger: Ledger, *, follow: bool = True
+        self,
+        routes: Routes,
+        store: AdapterStore,
+        bases: BasePool,
+        ledger: Ledger,
+        *,
+        content_filter: ContentFilter | None = None,
+        follow: bool = True,
     ) -> None:
-        self.routes, self.store, self._bases = routes, store, bases
+        self.routes, self.store, self._bases, self.content_filter = routes, store, bases, content_filter
         self._ledger, self._log, self._follow = ledger, RequestLog(ledger), follow
 
     @classmethod
@@ -93,16 +56,21 @@ class Scorer:
         ledger: Ledger,
         *,
         baked: Path | None = None,
-        max_adapters: int = 64,
+        adapter_memory: int = ADAPTER_MEMORY,
         precision: str = "auto",
         threads: int | None = None,
         device: str = "",
+        generation: str = "torch",
+        content_filter: ContentFilter | None = None,
         follow: bool = True,
     ) -> "Scorer":
         """A scorer over the routes of `ledger` and the adapters of `lake`.
 
         Args:
+            adapter_memory: Bytes that loaded adapters may take.
             baked: Folder with a `release.json` to fall back on for a task without a route.
+            generation: Engine of tasks that write texts: `torch` or `vllm`.
+            content_filter: Looks at inputs, and at texts that were written.
             follow: Look for a changed route before every request; else a `RouteWatcher` does.
 
         Raises:
@@ -110,11 +78,18 @@ class Scorer:
         """
         release = read_baked(baked) if baked is not None else None
         source = LakeAdapters(lake)
-        bases = BasePool([release.base] if release else [], precision=precision, threads=threads, device=device)
-        store = AdapterStore(
-            BakedAdapter(release.adapter, release.folder, source) if release else source, bases, max_adapters
+        bases = BasePool(
+            [release.base] if release else [],
+            precision=precision,
+            threads=threads,
+            device=device,
+            generation=generation,
         )
-        return cls(Routes(ledger, store, release.route if release else None), store, bases, ledger, follow=follow)
+        store = AdapterStore(
+            BakedAdapter(release.adapter, release.folder, source) if release else source, bases, adapter_memory
+        )
+        routes = Routes(ledger, store, release.route if release else None)
+        return cls(routes, store, bases, ledger, content_filter=content_filter, follow=follow)
 
     def predict(
         self,
@@ -137,47 +112,106 @@ class Scorer:
             )
         except pydantic.ValidationError as error:
             raise explain(error.errors()) from None
-        admitted = self.admit(request, trace_id or uuid.uuid4().hex)
-        scored = self.compute(admitted.pieces)
-        for one in scored:
+        results = self.answer(request, trace_id=trace_id)
+        for one in results:
             if isinstance(one, RequestError):
                 raise one
-        predictions = admitted.answers([one for one in scored if isinstance(one, Scored)])
-        self.record([predictions])
-        return predictions
+        return [one for one in results if isinstance(one, Prediction)]
 
-    def admit(self, request: PredictRequest, trace_id: str, arrived: float | None = None) -> Admitted:
+    def answer(self, request: PredictRequest, *, trace_id: str | None = None) -> Sequence[Prediction | RequestError]:
+        """Answers in the order of the inputs, each recorded; an input that cannot be answered has its error.
+
+        Raises:
+            RequestError: None of them can be answered at all; see `protocol.ErrorCode`.
+        """
+        admitted = self.admit(request, trace_id or uuid.uuid4().hex)
+        if isinstance(admitted, Prompted):
+            answers = Answers(Work(admitted).future.result())
+        else:
+            answers = admitted.answers(self.compute(admitted.pieces))
+        self.record([answers])
+        return answers.results
+
+    def admit(self, request: PredictRequest, trace_id: str, arrived: float | None = None) -> "Admitted | Prompted":
         """Choose the adapter, load it if need be, and tokenise.
 
         Args:
             arrived: `time.monotonic()` when the request came in; default now.
 
         Raises:
-            RequestError: `unknown_task`, `unknown_version`, `not_ready`.
+            RequestError: `unknown_task`, `unknown_version`, `not_ready`; `invalid_input`, the task takes other inputs;
+                `unsupported_parameter`.
         """
         arrived = time.monotonic() if arrived is None else arrived
+        ids = tuple(uuid.uuid4().hex for _ in request.inputs)
+        chosen = self.choose(request.task, request.user, ids[0], request.model_version)
+        if isinstance(chosen, Writer):
+            asked = Asked(request.task, request.user, trace_id, arrived, request.event_time)
+            turns = [one if isinstance(one, str) else [Turn(m.role, m.content) for m in one] for one in request.inputs]
+            return chosen.prompted(asked, turns, request.parameters)
+        if request.parameters is not None:
+            raise RequestError(
+                "unsupported_parameter",
+                f"field 'parameters': task '{request.task}' classifies texts, it generates none",
+                status=422,
+                mend="Leave it out.",
+                field="parameters",
+            )
+        texts = [text for text in request.inputs if isinstance(text, str)]
+        if len(texts) < len(ids):
+            place = next(place for place, text in enumerate(request.inputs) if not isinstance(text, str))
+            raise RequestError(
+                "invalid_input",
+                f"field 'inputs.{place}' is a conversation, task '{request.task}' classifies texts",
+                status=422,
+                mend="Send a text.",
+                field=f"inputs.{place}",
+            )
+        self.allow(request.task, texts)
+        bound = self.table.route(request.task).review_below
+        return Admitted(request, chosen.entry, bound, ids, chosen.pieces(texts), trace_id, arrived)
+
+    def choose(self, task: str, user: str | None, key: str, model_version: str | None) -> "Classifier | Writer":
+        """The adapter that answers, loaded if need be, with its engine.
+
+        Args:
+            key: Decides between the live shares when there is no user.
+
+        Raises:
+            RequestError: `unknown_task`, `unknown_version`, `not_ready`.
+        """
         if self._follow:
             self.routes.refresh()
-        ids = tuple(uuid.uuid4().hex for _ in request.inputs)
-        entry = self.table.choose(request.task, request.user, ids[0], request.model_version)
+        entry = self.table.choose(task, user, key, model_version)
         engine, adapter = self._adapter(entry)
-        pieces = tuple(Piece(engine, one) for one in engine.encode(request.inputs, adapter))
-        return Admitted(request, entry, ids, pieces, trace_id, arrived)
+        if isinstance(adapter, Adapter):
+            assert isinstance(engine, Engine)
+            return Classifier(entry, engine, adapter)
+        return Writer(entry, engine, adapter, self.content_filter)
+
+    def allow(self, task: str, texts: Sequence[str]) -> None:
+        """Let the content filter look at what comes in.
+
+        Raises:
+            RequestError: `content_filtered`.
+        """
+        if self.content_filter is not None:
+            self.content_filter.check(task, texts, "input")
 
     def is_quick(self, request: PredictRequest) -> bool:
         """Whether `admit` neither loads an adapter nor tokenises much, so that it may run on an event loop."""
-        if sum(map(len, request.inputs)) > 4096:
+        if sum(map(_size, request.inputs)) > 4096:
             return False
         try:
             entry = self.table.choose(request.task, request.user, "", request.model_version)
         except RequestError:
             return True
         live = self.table.route(request.task).entries
-        return all(self.store.peek(one.adapter) is not None for one in (entry, *live) if one is entry or one.share > 0)
+        return all(self._in_memory(one) for one in (entry, *live) if one is entry or one.share > 0)
 
-    def compute(self, pieces: Sequence[Piece]) -> list[Scored | RequestError]:
-        """An answer or an error for each piece; a piece that fails does not fail the others."""
-        results: list[Scored | RequestError | None] = [None] * len(pieces)
+    def compute(self, pieces: Sequence[Piece]) -> list[Scored | Failed]:
+        """An answer or a failure for each piece; a piece that fails does not fail the others."""
+        results: list[Scored | Failed | None] = [None] * len(pieces)
         for engine in {piece.engine for piece in pieces}:
             places = [place for place, piece in enumerate(pieces) if piece.engine is engine]
             encoded = [pieces[place].encoded for place in places]
@@ -185,36 +219,46 @@ class Scorer:
                 results[place] = result
         return [result for result in results if result is not None]
 
-    def record(self, answers: Sequence[list[Prediction]]) -> None:
+    def record(self, answers: Sequence[Answers | Measured]) -> None:
         """Store the predictions of several requests in one transaction.
 
         Raises:
             RequestError: `log_unavailable`.
         """
-        self._log.write([prediction for predictions in answers for prediction in predictions])
+        self._log.write([prediction for one in answers for prediction in one.predictions])
 
     def feedback(self, request: FeedbackRequest) -> bool:
         """Store what a person says of an answer; False when exactly that was known.
 
         Raises:
-            RequestError: `unknown_prediction`, `unknown_label`, `log_unavailable`.
+            RequestError: `unknown_prediction`, `unknown_label`, `log_unavailable`; `wrong_task_type`, a label for an
+                answer that is a text, or a text for a label; `invalid_input`, the text is not what was to be extracted.
         """
         try:
             prediction = self._ledger.prediction(request.prediction_id)
-            labels = list(prediction["probabilities"])
-            if request.label is not None and request.label not in labels:
-                raise RequestError(
-                    "unknown_label",
-                    f"task '{prediction['task']}' has no label '{request.label}'",
-                    status=422,
-                    mend=f"Its labels: {', '.join(labels)}.",
-                )
             return self._ledger.add_feedback(
-                prediction_id=request.prediction_id, label=request.label, rating=request.rating, author=request.author
+                prediction_id=request.prediction_id,
+                label=request.label and _known_label(request.label, prediction),
+                text=request.text and self._fitting_text(request.text, prediction),
+                rating=request.rating,
+                author=request.author,
             )
         except SQLAlchemyError as error:
             raise RequestError(
                 "log_unavailable", "the feedback could not be stored", status=503, mend="Try again later."
+            ) from error
+
+    def task_of(self, prediction_id: str) -> str:
+        """The task that gave an answer.
+
+        Raises:
+            RequestError: `unknown_prediction`, `log_unavailable`.
+        """
+        try:
+            return str(self._ledger.prediction(prediction_id)["task"])
+        except SQLAlchemyError as error:
+            raise RequestError(
+                "log_unavailable", "the answer cannot be looked up", status=503, mend="Try again later."
             ) from error
 
     @property
@@ -222,9 +266,12 @@ class Scorer:
         """The routes in force."""
         return self.routes.table
 
-    def _adapter(self, entry: RouteEntry) -> tuple[Engine, Adapter]:
+    def _in_memory(self, entry: RouteEntry) -> bool:
+        return self.store.peek(entry.adapter, entry.precision) is not None
+
+    def _adapter(self, entry: RouteEntry) -> tuple[Any, Any]:
         try:
-            return self.store.get(entry.adapter)
+            return self.store.get(entry.adapter, entry.precision)
         except FtError as error:
             logger.error("adapter %s cannot be loaded: %s", entry.adapter[:12], error)
             raise RequestError(
@@ -234,19 +281,45 @@ class Scorer:
                 mend="Ask for another model version; the operator finds the cause in the service's log.",
             ) from error
 
+    def _fitting_text(self, text: str, prediction: Mapping[str, Any]) -> str:
+        """`text` as a training row holds it."""
+        if prediction["output"] is None:
+            raise wrong_type(prediction["task"], "answers with a label", "Send the true label instead of a text.")
+        _, adapter = self.store.get(prediction["adapter"])
+        fields = adapter.manifest.fields if isinstance(adapter.manifest, GenerationManifest) else {}
+        if not fields:
+            return text
+        try:
+            return answer_json(parse_answer(text, fields), fields)
+        except DataError as error:
+            raise RequestError(
+                "invalid_input", f"field 'text': {error.where}: {error.what}", status=422, mend=error.mend, field="text"
+            ) from None
 
-def _run(engine: Engine, encoded: Sequence[Encoded]) -> Sequence[Scored | RequestError]:
+
+def _known_label(label: str, prediction: Mapping[str, Any]) -> str:
+    labels = list(prediction["probabilities"])
+    if not labels:
+        raise wrong_type(prediction["task"], "answers with a text", "Send the text it should have been.")
+    if label not in labels:
+        raise RequestError(
+            "unknown_label",
+            f"task '{prediction['task']}' has no label '{label}'",
+            status=422,
+            mend=f"Its labels: {', '.join(labels)}.",
+            field="label",
+        )
+    return label
+
+
+def _size(given: Any) -> int:
+    return len(given) if isinstance(given, str) else sum(len(one.content) for one in given)
+
+
+def _run(engine: Engine, encoded: Sequence[Encoded]) -> Sequence[Scored | Failed]:
     try:
         return engine.run(encoded)
     except (ServiceError, RuntimeError) as error:  # RuntimeError: out of memory on the device
         if len(encoded) > 1:
             return [result for one in encoded for result in _run(engine, [one])]
-        logger.error("adapter %s failed on a text: %s", encoded[0].adapter.digest[:12], error)
-        return [
-            RequestError(
-                "internal",
-                f"adapter {encoded[0].adapter.digest[:12]} cannot answer this text",
-                status=500,
-                mend="The operator finds the cause in the service's log.",
-            )
-        ]
+        return [Failed(unanswerable(encoded[0].adapter.digest, error))]

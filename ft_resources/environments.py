@@ -3,15 +3,17 @@
 import getpass
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast
 
 from ft_resources.errors import SpecError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deployments" / "recipes"
-MOST_ADAPTERS = 64
+ADAPTER_MEMORY_MB = 512
 
 
 def source_digest(*names: str) -> str:
@@ -52,14 +54,16 @@ class Environment:
     """`FT_NAMESPACE`, default `default` (kubernetes only)."""
     device: str
     """`FT_DEVICE`: `cuda`, `mps` or `cpu`; empty picks the best one there is."""
+    generation_engine: str
+    """`FT_GENERATION_ENGINE`, `torch` (default) or `vllm`: what writes the texts of a service; vLLM needs a GPU."""
     processes: int
     """`FT_PROCESSES`, default 1: processes that train one adapter together; each computes its share of a batch."""
     memory_gb: float | None
     """`FT_MEMORY_GB`: memory a training may use; default what there is."""
     prices: Path
     """`FT_PRICES`, default `deployments/prices.yaml`: what an hour of each device costs."""
-    max_adapters: int
-    """`FT_MAX_ADAPTERS`, default 64: adapters a service keeps in memory."""
+    adapter_memory_mb: int
+    """`FT_ADAPTER_MEMORY_MB`, default 512: memory for the adapters of a service; the least recently used ones go."""
     api_keys: tuple[str, ...]
     """`FT_API_KEYS`, comma-separated: keys that callers from other machines must show."""
     actor: str
@@ -92,10 +96,13 @@ class Environment:
             gpus=int(get("FT_GPUS") or 0),
             namespace=get("FT_NAMESPACE") or "default",
             device=get("FT_DEVICE") or "",
+            generation_engine=_choice(
+                "FT_GENERATION_ENGINE", get("FT_GENERATION_ENGINE") or "torch", ("torch", "vllm")
+            ),
             processes=_positive("FT_PROCESSES", get("FT_PROCESSES") or "1"),
             memory_gb=_amount("FT_MEMORY_GB", get("FT_MEMORY_GB")),
             prices=_absolute(get("FT_PRICES") or REPOSITORY / "deployments" / "prices.yaml"),
-            max_adapters=_positive("FT_MAX_ADAPTERS", get("FT_MAX_ADAPTERS") or str(MOST_ADAPTERS)),
+            adapter_memory_mb=_positive("FT_ADAPTER_MEMORY_MB", get("FT_ADAPTER_MEMORY_MB") or str(ADAPTER_MEMORY_MB)),
             api_keys=tuple(key.strip() for key in (get("FT_API_KEYS") or "").split(",") if key.strip()),
             actor=get("FT_ACTOR") or _login(),
         )
@@ -109,9 +116,10 @@ class Environment:
             "FT_IMAGE": self.image,
             "FT_NAMESPACE": self.namespace,
             "FT_DEVICE": self.device,
+            "FT_GENERATION_ENGINE": self.generation_engine if self.generation_engine != "torch" else "",
             "FT_PROCESSES": str(self.processes) if self.processes > 1 else "",
             "FT_MEMORY_GB": "" if self.memory_gb is None else str(self.memory_gb),
-            "FT_MAX_ADAPTERS": str(self.max_adapters),
+            "FT_ADAPTER_MEMORY_MB": str(self.adapter_memory_mb),
         }
         return {
             "FT_HOME": str(self.home),
@@ -134,12 +142,93 @@ class Environment:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "TQDM_DISABLE": "1",
-            **{name: value for name, value in chosen.items() if value not in ("", str(MOST_ADAPTERS))},
+            **{name: value for name, value in chosen.items() if value not in ("", str(ADAPTER_MEMORY_MB))},
         }
 
     def export(self) -> None:
         """Give this process, and the processes it starts, this environment."""
         os.environ.update(self.variables())
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How the prediction service treats its callers. Only the service needs them: they are not handed on."""
+
+    auth: Literal["auto", "always"]
+    """`FT_AUTH`, `auto` (default): callers on this machine need no key; `always`: they do."""
+    jwt_secret: bytes = field(repr=False)
+    """`FT_JWT_SECRET`, 32 bytes or more: signs tokens. Without it the service makes one up (`share_secret`)."""
+    jwt_public_key: str
+    """`FT_JWT_PUBLIC_KEY`: PEM, or a path to it, of another issuer whose tokens are accepted."""
+    jwt_issuer: str
+    """`FT_JWT_ISSUER`: the `iss` of that issuer's tokens."""
+    cors_origins: tuple[str, ...]
+    """`FT_CORS_ORIGINS`, comma-separated, default none: sites whose pages may call."""
+    rate_limit: float | None
+    """`FT_RATE_LIMIT`, default none: requests per minute of a key that names no rate."""
+    request_seconds: float
+    """`FT_REQUEST_SECONDS`, default 300: longest time for one request; callers may ask for less with x-timeout-ms."""
+    request_tokens: int
+    """`FT_REQUEST_TOKENS`, default 131072: most tokens of one request."""
+    content_filter: str
+    """`FT_CONTENT_FILTER`: `module:function` that looks at inputs and written texts."""
+    content_words: str
+    """`FT_CONTENT_WORDS`: file of the words that `bento.content_filter:word_list` refuses."""
+    drain_seconds: float
+    """`FT_DRAIN_SECONDS`, default 2: time between SIGTERM and the end in which new requests get 503."""
+    workers: int
+    """`FT_WORKERS`, default 1: processes that serve. Each has a model of its own and its share of the cores."""
+    log: Literal["text", "json"]
+    """`FT_LOG`, `text` (default) or `json`: one JSON object per line, and one line per request."""
+    otlp: str
+    """`OTEL_EXPORTER_OTLP_ENDPOINT`: base URL of an OTLP receiver (HTTP) for traces; empty: no traces."""
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> "ServiceSettings":
+        """The settings as `variables` (default: of this process) describe them.
+
+        Raises:
+            SpecError: A variable holds something it cannot hold.
+        """
+        get = (os.environ if variables is None else variables).get
+        public = get("FT_JWT_PUBLIC_KEY") or ""
+        if public and not public.lstrip().startswith("-----BEGIN"):
+            try:
+                public = _absolute(public).read_text(encoding="ascii")
+            except (OSError, UnicodeDecodeError):
+                raise SpecError(
+                    "FT_JWT_PUBLIC_KEY cannot be read", where="environment", mend="Give PEM, or a path to it."
+                ) from None
+        if public and not get("FT_JWT_ISSUER"):
+            raise SpecError(
+                "FT_JWT_PUBLIC_KEY is set without FT_JWT_ISSUER", where="environment", mend="Name whose tokens count."
+            )
+        secret = (get("FT_JWT_SECRET") or "").encode()
+        if secret and len(secret) < 32:
+            raise SpecError("FT_JWT_SECRET is shorter than 32 bytes", where="environment", mend="openssl rand -hex 32")
+        origins = (get("FT_CORS_ORIGINS") or "").split(",")
+        return cls(
+            auth=cast(Literal["auto", "always"], _choice("FT_AUTH", get("FT_AUTH") or "auto", ("auto", "always"))),
+            jwt_secret=secret,
+            jwt_public_key=public,
+            jwt_issuer=get("FT_JWT_ISSUER") or "",
+            cors_origins=tuple(origin.strip() for origin in origins if origin.strip()),
+            rate_limit=_amount("FT_RATE_LIMIT", get("FT_RATE_LIMIT")),
+            request_seconds=_amount("FT_REQUEST_SECONDS", get("FT_REQUEST_SECONDS")) or 300.0,
+            request_tokens=_positive("FT_REQUEST_TOKENS", get("FT_REQUEST_TOKENS") or "131072"),
+            content_filter=get("FT_CONTENT_FILTER") or "",
+            content_words=get("FT_CONTENT_WORDS") or "",
+            drain_seconds=_amount("FT_DRAIN_SECONDS", get("FT_DRAIN_SECONDS")) or 2.0,
+            workers=_positive("FT_WORKERS", get("FT_WORKERS") or "1"),
+            log=cast(Literal["text", "json"], _choice("FT_LOG", get("FT_LOG") or "text", ("text", "json"))),
+            otlp=get("OTEL_EXPORTER_OTLP_ENDPOINT") or "",
+        )
+
+
+def share_secret() -> None:
+    """Make up FT_JWT_SECRET for this process and those it starts, unless it is set: their tokens fit each other."""
+    if not os.environ.get("FT_JWT_SECRET"):
+        os.environ["FT_JWT_SECRET"] = secrets.token_hex(32)
 
 
 def _absolute(path: str | Path) -> Path:

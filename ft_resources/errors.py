@@ -92,8 +92,19 @@ class RequestError(FtError):
     Args:
         error_code: Stable machine-readable name, part of the HTTP protocol.
         status: The HTTP status it is answered with.
+        retry_after: Seconds after which it is worth asking again; None where that would not help.
+        field: Name of the request field it is about, for programs; `what` names it for people.
     """
 
-    def __init__(self, error_code: str, what: str, *, status: int = 400, mend: str = "") -> None:
+    def __init__(
+        self,
+        error_code: str,
+        what: str,
+        *,
+        status: int = 400,
+        mend: str = "",
+        retry_after: int | None = None,
+        field: str = "",
+    ) -> None:
         super().__init__(what, mend=mend)
-        self.error_code, self.status = error_code, status
+        self.error_code, self.status, self.retry_after, self.field = error_code, status, retry_after, field

@@ -18,7 +18,8 @@ import sqlalchemy as sa
 
 from ft_resources import ledger_schema as schema
 from ft_resources import training_runs as trainings
-from ft_resources.errors import ArtefactError, GateRefusal, RequestError
+from ft_resources.api_keys import ApiKey
+from ft_resources.errors import ArtefactError, GateRefusal, RequestError, SpecError
 
 GENESIS = "0" * 64
 
@@ -44,7 +45,9 @@ class Ledger:
             self._sqlite = parsed.get_backend_name() == "sqlite"
             if self._sqlite and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sa.create_engine(url, **({"connect_args": {"timeout": 60}} if self._sqlite else {}))
+            waiting = {"connect_args": {"timeout": 60}} if self._sqlite else {}
+            # errors end up in logs, where neither inputs nor keys may stand
+            self._engine = sa.create_engine(url, hide_parameters=True, **waiting)
         except (sa.exc.ArgumentError, ImportError, OSError) as error:
             raise ArtefactError(
                 f"the ledger cannot be opened: {error}",
@@ -97,6 +100,8 @@ class Ledger:
         because: str,
         decision: Mapping[str, Any],
         expected_live: str | None,
+        review_below: float | None = None,
+        precision: str = "auto",
     ) -> dict[str, Any]:
         """One decision, its route and its audit event, in one transaction: from now on `adapter` answers.
 
@@ -104,6 +109,8 @@ class Ledger:
             kind: `release`, `approval` (a person overruled a gate) or `rollback`.
             adapter: Digest of the adapter; `base` the reference of its base model.
             expected_live: Release id the decision was taken against; None for a first release.
+            review_below: Answers less confident than this are for a person to review; None: as in the route before.
+            precision: `auto`, `int8`, `bf16` or `fp32`: what the adapter was evaluated in and is served in.
 
         Returns:
             The release.
@@ -129,17 +136,21 @@ class Ledger:
             "release_id": release["id"],
             "base": base,
             "share": 1.0,
+            "precision": precision,
         }
         route: dict[str, Any] = {
             "task": task,
             "release_id": release["id"],
-            "plan": {"shares": [share], "shadow": []},
+            "plan": {"shares": [share], "shadow": [], "review_below": review_below},
             "actor": actor,
         }
-        newest = sa.select(schema.routes.c.release_id).where(schema.routes.c.task == task)
+        newest = sa.select(schema.routes.c.release_id, schema.routes.c.plan).where(schema.routes.c.task == task)
         with self._write() as connection:
             self._serialise(connection)
-            live = connection.execute(newest.order_by(schema.routes.c.revision.desc()).limit(1)).scalar()
+            before = connection.execute(newest.order_by(schema.routes.c.revision.desc()).limit(1)).first()
+            live = None if before is None else before.release_id
+            if review_below is None:
+                route["plan"]["review_below"] = 0.0 if before is None else before.plan.get("review_below", 0.0)
             if live != expected_live:
                 raise GateRefusal(
                     f"release {live} became live while this one was decided against {expected_live}",
@@ -152,6 +163,32 @@ class Ledger:
             connection.execute(schema.routes.insert().values(**route))
             self._audit(connection, actor, kind, task, str(release["id"]), {"adapter": adapter, "because": because})
         return release
+
+    def set_review_below(self, task: str, bound: float, *, actor: str) -> bool:
+        """Change the bound in the route in force; shares and release stay. False when it is that already.
+
+        Raises:
+            GateRefusal: Nothing is live for the task.
+        """
+        table = schema.routes
+        newest = sa.select(table).where(table.c.task == task).order_by(table.c.revision.desc()).limit(1)
+        with self._write() as connection:
+            self._serialise(connection)
+            row = connection.execute(newest).mappings().first()
+            if row is None:
+                raise GateRefusal("nothing is live", where=f"route of {task}", mend="Release an adapter first.")
+            if row["plan"].get("review_below", 0.0) == bound:
+                return False
+            route = {
+                "task": task,
+                "release_id": row["release_id"],
+                "plan": row["plan"] | {"review_below": bound},
+                "actor": actor,
+                "created_at": now(),
+            }
+            connection.execute(table.insert().values(**route))
+            self._audit(connection, actor, "route", task, row["release_id"], {"review_below": bound})
+        return True
 
     def releases(self, task: str) -> list[dict[str, Any]]:
         """Every decision of `task`, oldest first: the history of what was live when."""
@@ -223,7 +260,10 @@ class Ledger:
     # -- predictions and feedback -------------------------------------------------------------------------------
 
     def log_predictions(self, predictions: Sequence[Mapping[str, Any]]) -> None:
-        """Store answered requests, all or none, durable when this returns. Keys: the columns of `predictions`."""
+        """Store answered requests, all or none, durable when this returns. Keys: the columns of `predictions`.
+
+        Rows of one call have the same keys.
+        """
         if not predictions:
             return
         with self._write() as connection:
@@ -249,7 +289,7 @@ class Ledger:
     def predictions_between(self, task: str, start: datetime, end: datetime) -> pd.DataFrame:
         """Answered requests with start <= event_time < end, oldest first, with feedback joined.
 
-        Columns: those of `predictions`, and `true_label`, `rating` of the newest feedback (None without).
+        Columns: those of `predictions`, and `true_label`, `rating`, `true_text` of the newest feedback (None without).
         """
         table = schema.predictions
         query = (
@@ -261,7 +301,7 @@ class Ledger:
         feedback = self._feedback(task)
         for column in ("event_time", "answered_at"):
             frame[column] = frame[column].astype("datetime64[us, UTC]")
-        for column, key in (("true_label", "label"), ("rating", "rating")):
+        for column, key in (("true_label", "label"), ("rating", "rating"), ("true_text", "text")):
             said = [feedback[one][key] if one in feedback else None for one in frame["id"]]
             frame[column] = pd.Series(said, index=frame.index, dtype=object)
         return frame
@@ -279,9 +319,20 @@ class Ledger:
         return days
 
     def add_feedback(
-        self, *, prediction_id: str, label: str | None, rating: int | None, author: str, at: datetime | None = None
+        self,
+        *,
+        prediction_id: str,
+        label: str | None,
+        rating: int | None,
+        author: str,
+        text: str | None = None,
+        at: datetime | None = None,
     ) -> bool:
         """Store what a person says of an answer; False when it is what `author` said of it last.
+
+        Args:
+            label: What it should have been; `text` for an answer that is a text.
+            rating: 1: it was right; -1: it was wrong.
 
         Raises:
             RequestError: `unknown_prediction`.
@@ -289,7 +340,7 @@ class Ledger:
         prediction = self.prediction(prediction_id)
         table = schema.feedback
         last = (
-            sa.select(table.c.label, table.c.rating)
+            sa.select(table.c.label, table.c.rating, table.c.text)
             .where(table.c.prediction_id == prediction_id, table.c.author == author)
             .order_by(table.c.id.desc())
             .limit(1)
@@ -298,7 +349,7 @@ class Ledger:
         with self._write() as connection:
             connection.execute(turn)  # the same feedback sent twice at once is stored once
             known = connection.execute(last).first()
-            if known is not None and tuple(known) == (label, rating):
+            if known is not None and tuple(known) == (label, rating, text):
                 return False
             connection.execute(
                 table.insert().values(
@@ -306,6 +357,7 @@ class Ledger:
                     task=prediction["task"],
                     label=label,
                     rating=rating,
+                    text=text,
                     author=author,
                     created_at=at or now(),
                 )
@@ -316,16 +368,18 @@ class Ledger:
         table = schema.feedback
         newest: dict[str, dict[str, Any]] = {}
         for row in self._rows(sa.select(table).where(table.c.task == task).order_by(table.c.id)):
-            known = newest.setdefault(row["prediction_id"], {"label": None, "rating": None, "author": "", "version": 1})
+            nothing: dict[str, Any] = {"label": None, "text": None, "rating": None, "author": "", "version": 1}
+            known = newest.setdefault(row["prediction_id"], nothing)
             known["rating"] = row["rating"] if row["rating"] is not None else known["rating"]
-            if row["label"] is not None:
-                known.update(label=row["label"], author=row["author"], version=known["version"] + 1)
+            if row["label"] is not None or row["text"] is not None:
+                corrected = {"label": row["label"], "text": row["text"], "author": row["author"]}
+                known.update(corrected, version=known["version"] + 1)
         return newest
 
     def feedback_rows(self, task: str) -> pd.DataFrame:
-        """Requests whose label came back, as raw rows (see `ft_assets.data.rows`), oldest event first."""
-        table, feedback = schema.predictions, self._feedback(task)
-        labelled = {key: row for key, row in feedback.items() if row["label"] is not None}
+        """Requests whose label or text came back, as raw rows (see `ft_assets.data.rows`), oldest event first."""
+        table, said = schema.predictions, self._feedback(task)
+        labelled = {key: row for key, row in said.items() if row["label"] is not None or row["text"] is not None}
         answered = sa.select(schema.feedback.c.prediction_id).where(schema.feedback.c.task == task)
         query = sa.select(table.c.id, table.c.input, table.c.event_time).where(table.c.id.in_(answered))
         rows = [row for row in self._rows(query.order_by(table.c.event_time, table.c.id)) if row["id"] in labelled]
@@ -333,7 +387,7 @@ class Ledger:
             {
                 "row_id": [hashlib.sha256(row["input"].encode()).hexdigest()[:32] for row in rows],
                 "text": [row["input"] for row in rows],
-                "label": [labelled[row["id"]]["label"] for row in rows],
+                "label": [labelled[row["id"]]["label"] or labelled[row["id"]]["text"] for row in rows],
                 "source": [f"feedback:{row['id']}" for row in rows],
                 "event_time": pd.Series([row["event_time"] for row in rows], dtype="datetime64[us, UTC]"),
                 "label_version": pd.Series([labelled[row["id"]]["version"] for row in rows], dtype="int64"),
@@ -385,6 +439,42 @@ class Ledger:
         """
         query = trainings.statistics(by, task)
         return pd.DataFrame(self._rows(query), columns=[column.name for column in query.selected_columns])
+
+    # -- API keys -----------------------------------------------------------------------------------------------
+
+    def add_key(self, key: ApiKey) -> None:
+        """Store a key.
+
+        Raises:
+            SpecError: A valid key has its name.
+        """
+        table = schema.api_keys
+        with self._write() as connection:
+            self._serialise(connection)
+            rows = connection.execute(sa.select(table).where(table.c.name == key.name)).mappings()
+            if any(ApiKey.of_row(row).valid(key.created_at) for row in rows):
+                raise SpecError(f"there is a key '{key.name}'", mend="Revoke it first, or choose another name.")
+            connection.execute(table.insert().values(**key.row()))
+            detail = {"role": key.role, "tasks": sorted(key.tasks) if key.tasks is not None else None, "id": key.id}
+            self._audit(connection, key.created_by, "create_key", "", key.name, detail)
+
+    def api_keys(self) -> list[ApiKey]:
+        """Every key, revoked ones too, oldest first."""
+        table = schema.api_keys
+        return [ApiKey.of_row(row) for row in self._rows(sa.select(table).order_by(table.c.created_at, table.c.id))]
+
+    def revoke_key(self, name: str, actor: str) -> None:
+        """From now on the key opens nothing; services know within a second.
+
+        Raises:
+            SpecError: No unrevoked key has this name.
+        """
+        table = schema.api_keys
+        with self._write() as connection:
+            change = table.update().where(table.c.name == name, table.c.revoked_at.is_(None)).values(revoked_at=now())
+            if connection.execute(change).rowcount == 0:
+                raise SpecError(f"there is no key '{name[:80]}' to revoke", mend="See ft key list.")
+            self._audit(connection, actor, "revoke_key", "", name, {})
 
     # -- audit --------------------------------------------------------------------------------------------------
 

@@ -68,15 +68,20 @@ predictions = sa.Table(
     sa.Column("adapter", sa.String(64), nullable=False),
     sa.Column("model_version", sa.String(32), nullable=False),
     sa.Column("input", sa.Text, nullable=False),
-    sa.Column("label", sa.String(256), nullable=False),
+    sa.Column("label", sa.String(256), nullable=False),  # "" where the answer is a text
     sa.Column("confidence", sa.Float, nullable=False),
     sa.Column("probabilities", sa.JSON, nullable=False),
-    sa.Column("embedding", sa.LargeBinary, nullable=False),  # float16 [hidden], the pooled state behind the answer
+    sa.Column("embedding", sa.LargeBinary, nullable=False),  # float16 [hidden], the pooled state behind a label
     sa.Column("caller", sa.String(128)),
     sa.Column("trace_id", sa.String(32), nullable=False),
     sa.Column("latency_ms", sa.Float, nullable=False),
     sa.Column("event_time", UtcTime, nullable=False),
     sa.Column("answered_at", UtcTime, nullable=False),
+    sa.Column("decision", sa.String(8)),  # of a label: accept or review
+    sa.Column("output", sa.Text),  # what was generated, and why it ended: stop, length or cancelled
+    sa.Column("finish_reason", sa.String(16)),
+    sa.Column("prompt_tokens", sa.Integer),
+    sa.Column("completion_tokens", sa.Integer),
     sa.Index("predictions_by_task_and_time", "task", "event_time"),
 )
 feedback = sa.Table(
@@ -87,6 +92,7 @@ feedback = sa.Table(
     sa.Column("task", sa.String(128), nullable=False, index=True),
     sa.Column("label", sa.String(256)),
     sa.Column("rating", sa.Integer),
+    sa.Column("text", sa.Text),  # what should have been generated
     sa.Column("author", sa.String(128), nullable=False),
     sa.Column("created_at", UtcTime, nullable=False),
 )
@@ -138,6 +144,21 @@ training_runs = sa.Table(
     sa.Column("ended", UtcTime, nullable=False),
     sa.Column("error", sa.String(64)),
     sa.Index("training_runs_by_task_and_time", "task", "started"),
+)
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, index=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("tasks", sa.JSON(none_as_null=True)),
+    sa.Column("rate", sa.Float),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.Column("hash", sa.LargeBinary, nullable=False),
+    sa.Column("created_by", sa.String(128), nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("expires_at", UtcTime),
+    sa.Column("revoked_at", UtcTime),
 )
 
 

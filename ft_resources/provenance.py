@@ -28,9 +28,14 @@ def provenance() -> dict[str, Any]:
     return {
         "code": code(),
         "packages": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "hardware": {**_cpu(), **_gpus()},
+        "hardware": hardware(),
         "system": platform.platform(),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, memory and GPUs that this process may use; see `provenance`."""
+    return {**_cpu(), **_gpus()}
 
 
 def code(folder: Path = REPOSITORY) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from ft_resources import images
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import ServiceError
@@ -25,6 +26,7 @@ from ft_resources.lake import digest_of
 
 SERVICE = "bento.service:AdapterService"
 CODE = ("bento", "ft_resources")
+REQUIREMENTS = REPOSITORY / "bento" / "requirements.txt"
 START_SECONDS = 120
 
 
@@ -92,7 +94,16 @@ class BentoStore:
         return digest_of({str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in source})
 
     def has(self, tag: str) -> bool:
-        return (self.home / "bentos" / tag.replace(":", "/") / "bento.yaml").is_file()
+        return (self.folder(tag) / "bento.yaml").is_file()
+
+    def folder(self, tag: str) -> Path:
+        """Where a built Bento lies: the build context of its image, Dockerfile in `env/docker`."""
+        return self.home / "bentos" / tag.replace(":", "/")
+
+    def image_bytes(self, tag: str) -> dict[str, int]:
+        """What the image of a Bento holds beside its base image: `bento` (code and models) and `packages`, in bytes."""
+        found = images.packages(REQUIREMENTS)
+        return {"bento": images.folder_bytes(self.folder(tag)), "packages": images.installed_bytes(found)}
 
     def build(self, task: str, adapter: Path, base: BaseModel, release: Mapping[str, Any]) -> str:
         """Build the Bento that serves one adapter offline.
@@ -106,7 +117,7 @@ class BentoStore:
         Raises:
             ServiceError: `bentoml build` failed; the message carries its last lines.
         """
-        name = "ft-" + task.replace(".", "-")
+        bento = "ft-" + task.replace(".", "-")
         with tempfile.TemporaryDirectory(prefix="ft-bento-") as scratch:
             folder = Path(scratch)
             for package in CODE:
@@ -114,15 +125,16 @@ class BentoStore:
             shutil.copytree(adapter, folder / "models" / "adapter")
             shutil.copytree(base.path, folder / "models" / "base", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
             (folder / "release.json").write_text(json.dumps(dict(release), indent=1, sort_keys=True))
-            (folder / "requirements.txt").write_text((REPOSITORY / "bento" / "requirements.txt").read_text())
+            (folder / "requirements.txt").write_text(images.pinned(images.packages(REQUIREMENTS)))
             (folder / "bentofile.yaml").write_text(
                 json.dumps(
                     {
                         "service": SERVICE,
-                        "name": name,
+                        "name": bento,
                         "labels": {"task": task, "adapter": str(release["adapter"])[:12]},
                         "include": ["bento/**", "ft_resources/**", "models/**", "release.json"],
                         "python": {"requirements_txt": "requirements.txt", "lock_packages": False},
+                        "envs": [{"name": name, "value": value} for name, value in images.VARIABLES.items()],
                     }
                 )
             )
@@ -177,6 +189,7 @@ class BentoStore:
         variables = self._variables(private)
         if home != self.environment.home:
             variables |= Environment.read({}, home=home).variables() | {"BENTOML_HOME": str(private)}
+        variables.setdefault("FT_DRAIN_SECONDS", "0.1")  # no load balancer looks at a server of the platform itself
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 [_bentoml(), "serve", target, "--host", "127.0.0.1", "--port", str(port)],

@@ -130,6 +130,10 @@ def train(run: dict[str, Any], result: Path) -> None:
     result.write_text(json.dumps(found))
 
 
+def _all_work(workload: Any, name: str) -> Any:
+    return workload.work(workload.tokens(RUNS[name][2]["training"]["epochs"]))
+
+
 def main(folder: Path) -> None:
     from ft_assets.training.planning import workloads
     from ft_assets.training.planning.cost_model import Observation, calibrate
@@ -154,12 +158,11 @@ def main(folder: Path) -> None:
         f"\n{'run':36}{'s':>6} {'plan':>6} {'alone':>6}   {'GB':>5} {'plan':>5} {'alone':>5}  interval of time, memory"
     )
     for name, planned in measured.items():
-        epochs = RUNS[name][2]["training"]["epochs"]
         workload, took = planned.workloads[0], recorded[name]
         others = [
             Observation(
                 RUNS[other][2]["base"] == RUNS[name][2]["base"] or RUNS[other][0] == RUNS[name][0],
-                planned.rates.seconds(measured[other].workloads[0].work(RUNS[other][2]["training"]["epochs"])),
+                planned.rates.seconds(_all_work(measured[other].workloads[0], other)),
                 recorded[other]["wall_seconds"],
                 measured[other].workloads[0].memory(planned.baseline_bytes),
                 recorded[other]["peak_memory_bytes"],
@@ -167,7 +170,7 @@ def main(folder: Path) -> None:
             for other in RUNS
             if other != name
         ]
-        work, held = planned.rates.seconds(workload.work(epochs)), workload.memory(planned.baseline_bytes)
+        work, held = planned.rates.seconds(_all_work(workload, name)), workload.memory(planned.baseline_bytes)
         fitted, alone = calibrate(others, planned.start_seconds), calibrate([], planned.start_seconds)
         seconds, memory = fitted.seconds(work), fitted.memory(held)
         print(

@@ -132,7 +132,7 @@ def ours(kind: str, model: str, speed: dict[str, Any], precision: str, steps: in
 
     from bento.devices import pick_device, pick_dtype
     from ft_assets.training.engine.body import Body
-    from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
+    from ft_assets.training.engine.learners import learner_of
     from ft_assets.training.engine.runs import tokenise
     from ft_assets.training.engine.trainer import Trainer, seeded
     from ft_resources.base_models import resolve
@@ -141,9 +141,8 @@ def ours(kind: str, model: str, speed: dict[str, Any], precision: str, steps: in
     examples = chosen(tokenise(rows, base, 512).training.examples, steps)
     device = pick_device("cpu")
     seeded(SEED, device)
-    causal = rows.kind != "text-classification"
-    body = Body(base, told, device, pick_dtype(precision, device), causal=causal)
-    learner: Any = AnswerLearner(body, told) if causal else ClassLearner(body, told, len(rows.labels), [])
+    body = Body(base, told, device, pick_dtype(precision, device), causal=rows.kind != "text-classification")
+    learner = learner_of(rows.kind, body, told, rows.labels, examples)
     trainer = Trainer(learner, examples, [], told)
     clock = Clock(BATCH)
     body.train()
@@ -259,11 +258,8 @@ def trl(model: str, steps: int, *, tuned: bool) -> dict[str, Any]:
             "per_device_train_batch_size": BATCH,
             "gradient_checkpointing": False,
             "bf16": True,
-            "group_by_length": True,
+            "train_sampling_strategy": "group_by_length",
         }
-        if "group_by_length" not in SFTConfig.__dataclass_fields__:
-            further["train_sampling_strategy"] = "group_by_length"
-            del further["group_by_length"]
     network = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16 if tuned else torch.float32)
     rows_per_step = BATCH if tuned else 8
     clock = Clock(rows_per_step)

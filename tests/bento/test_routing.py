@@ -105,3 +105,14 @@ def test_a_folder_without_a_release_bakes_none(tmp_path: Path) -> None:
     (tmp_path / "release.json").write_text(json.dumps({"task": "t1"}))
     with pytest.raises(ServiceError, match=r"release\.json"):
         read_baked(tmp_path)
+
+
+def test_an_entry_says_in_which_precision_it_is_served() -> None:
+    share = {"adapter": OLD, "model_version": "1", "release_id": "r", "share": 1}
+    assert read_plan("mail-triage", {"shares": [share]}).shares[0].precision == "auto"
+    assert read_plan("mail-triage", {"shares": [{**share, "precision": "int8"}]}).shares[0].precision == "int8"
+    with pytest.raises(ServiceError, match=r"cannot be followed: .*precision"):
+        read_plan("mail-triage", {"shares": [{**share, "precision": "int4"}]})
+    release = {"adapter": OLD, "model_version": "1", "id": "r1"}
+    rows = [release, {**release, "decision": {}}, {**release, "decision": {"precision": "bf16"}}]
+    assert [one.precision for one in released_entries(rows)] == ["auto", "auto", "bf16"]

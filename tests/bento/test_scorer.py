@@ -123,7 +123,10 @@ def test_what_cannot_be_recorded_is_not_answered(world: Any, scorer: Scorer) -> 
 
 
 def test_the_least_recently_used_adapter_goes(world: Any, bases: BasePool) -> None:
-    store = AdapterStore(LakeAdapters(world.lake), bases, limit=2)
+    wide = AdapterStore(LakeAdapters(world.lake), bases)
+    for digest in (world.first, world.second):
+        wide.get(digest)
+    store = AdapterStore(LakeAdapters(world.lake), bases, memory=wide.nbytes)
     engine, _ = store.get(world.first)
     store.get(world.second)
     store.get(world.first)
@@ -138,7 +141,7 @@ def test_the_least_recently_used_adapter_goes(world: Any, bases: BasePool) -> No
 
 
 def test_many_threads_share_few_places(world: Any, workshop: Any, bases: BasePool) -> None:
-    store = AdapterStore(LakeAdapters(world.lake), bases, limit=1)
+    store = AdapterStore(LakeAdapters(world.lake), bases, memory=1)
     digests = [world.first, world.second, world.other]
     expected = {}
     for digest in digests:

@@ -1,141 +1,23 @@
 """The service as a real `bentoml serve` process over a real lake and ledger."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 90
+from tests.bento.servers import Load, Server, end, start
+from tests.bento.writers import write_adapter, write_base
+
 TEXTS = ["Please find the invoice attached.", "Win a free cruise, click here now!"]
-
-
-@dataclass
-class Server:
-    """A running service; its own process group, port, home and BentoML home."""
-
-    home: Path
-    process: "subprocess.Popen[bytes]"
-    client: httpx.Client
-
-    def ask(self, path: str = "/predict", **body: Any) -> httpx.Response:
-        return self.client.post(path, json=body)
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if self.client.get("/readyz").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError((self.home / "serve.log").read_text(errors="replace")[-4000:])
-
-    def signal(self, number: int) -> None:
-        """To the server and to its worker, which is a session of its own that no process group reaches."""
-        family = psutil.Process(self.process.pid).children(recursive=True) if number == signal.SIGKILL else []
-        os.killpg(self.process.pid, number)
-        for process in family:
-            process.kill()
-
-
-def start(home: Path) -> Server:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("FT_")}
-    variables |= {
-        "FT_HOME": str(home),
-        "FT_API_KEYS": "key-of-the-test",
-        "BENTOML_HOME": str(home / "bentoml"),
-        "BENTOML_DO_NOT_TRACK": "True",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    with (home / "serve.log").open("ab") as log:
-        process = subprocess.Popen(
-            [
-                *(str(Path(sys.executable).with_name("bentoml")), "serve", "bento.service:AdapterService"),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            cwd=ROOT,
-            env=variables,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    server = Server(home, process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30))
-    server.wait_ready()
-    return server
-
-
-def end(server: Server) -> None:
-    server.client.close()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            server.signal(number)
-            server.process.wait(timeout=20)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-@dataclass
-class Load:
-    """Threads that ask without a pause until stopped."""
-
-    server: Server
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    refusals: list[Any] = field(default_factory=list)
-    stopping: threading.Event = field(default_factory=threading.Event)
-    threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> "Load":
-        self.threads = [threading.Thread(target=self._work, args=(number,)) for number in range(3)]
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join()
-
-    def _work(self, number: int) -> None:
-        with httpx.Client(base_url=self.server.client.base_url, timeout=30) as client:
-            while not self.stopping.is_set():
-                body = {"task": "t1", "inputs": [f"text {number} {len(self.answers)}"], "user": f"user {number}"}
-                try:
-                    response = client.post("/predict", json=body)
-                except httpx.TransportError as error:
-                    self.refusals.append(error)
-                    return
-                if response.status_code == 200:
-                    self.answers.append(response.json())
-                else:
-                    self.refusals.append(response.text)
-
-    def until(self, condition: Callable[[], bool], seconds: float) -> float:
-        """Seconds until the condition held."""
-        began = time.monotonic()
-        while not condition():
-            assert time.monotonic() - began < seconds, f"not within {seconds} s"
-            time.sleep(0.005)
-        return time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +222,7 @@ def test_models_metrics_and_documentation_are_there(world: Any, server: Server) 
     assert models["t2"]["live"][0]["adapter"] == world.other
     assert models["t2"]["live"][0]["share"] == 1
     metrics = server.client.get("/metrics").text
-    labels = f'adapter="{world.first[:12]}",outcome="ok",release="{release}",task="t1"'
+    labels = f'adapter="{world.first[:12]}",outcome="ok",release="{release}",task="t1",version="1"'
     assert float(re.search(rf"^ft_requests_total{{{labels}}} (\S+)$", metrics, re.M)[1]) >= 1  # type: ignore[index]
     assert "ft_request_seconds_bucket{" + labels.replace("outcome", 'le="30.0",outcome') + "}" in metrics
     assert 'outcome="unknown_task",release="",task=""' in metrics
@@ -395,20 +277,43 @@ def test_a_damaged_adapter_leaves_the_old_one_answering(
     assert server.client.get("/readyz").json()["errors"] == {}
 
 
+def talk(server: Server, said: list[str]) -> None:
+    """Chat in streams until the server is gone; names of the answers whose end came go to `said`."""
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 12, "stream": True}
+    try:
+        while True:
+            with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+                for line in response.iter_lines():
+                    event = json.loads(line[6:]) if line.startswith("data: {") else {"choices": []}
+                    if any(choice["finish_reason"] for choice in event["choices"]):
+                        said.append(event["prediction_id"])
+    except httpx.TransportError:
+        return
+
+
 def test_every_answer_survives_a_kill_and_a_term_ends_cleanly(
     make_world: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     world = make_world(tmp_path_factory.mktemp("killed"))
     world.release("t1", world.first, "1")
+    base = write_base(world.home / "base")
+    folder = write_adapter(world.home / "chat", base, task="chat", seed=1)
+    world.release("chat", world.lake.publish("adapter", folder, {"name": "chat"}).digest, "1")
     server = start(world.home)
+    said: list[str] = []
     try:
-        with Load(server) as load:
-            load.until(lambda: len(load.answers) >= 25, 30)
+        with Load(server) as load, ThreadPoolExecutor(2) as pool:
+            talks = [pool.submit(talk, server, said) for _ in range(2)]
+            load.until(lambda: len(load.answers) >= 25 and len(said) >= 5, 60)
             server.signal(signal.SIGKILL)
+            for one in talks:
+                one.result()
         server.process.wait(timeout=10)
         answered = {result["prediction_id"] for answer in load.answers for result in answer["results"]}
+        stored = world.stored()
         assert len(answered) >= 25
-        assert answered <= set(world.stored())
+        assert answered <= set(stored)
+        assert {stored[name]["finish_reason"] for name in said} <= {"stop", "length"}
     finally:
         end(server)
     again = start(world.home)
@@ -418,7 +323,9 @@ def test_every_answer_survives_a_kill_and_a_term_ends_cleanly(
             again.process.send_signal(signal.SIGTERM)
             again.process.wait(timeout=20)
         assert again.process.returncode == 0
-        assert all(isinstance(refusal, httpx.TransportError) for refusal in load.refusals), load.refusals
+        # told to ask another instance, and at last nobody listens
+        for refusal in load.refusals:
+            assert isinstance(refusal, httpx.TransportError) or json.loads(refusal)["error_code"] == "not_ready"
         assert {r["prediction_id"] for a in load.answers for r in a["results"]} <= set(world.stored())
         with pytest.raises(ProcessLookupError):
             again.signal(0)

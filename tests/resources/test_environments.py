@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ft_resources.base_models import digest_of, resolve
-from ft_resources.environments import Environment
+from ft_resources.environments import Environment, ServiceSettings, share_secret
 from ft_resources.errors import SpecError
 
 
@@ -14,7 +14,7 @@ def test_home_holds_everything_by_default(tmp_path: Path) -> None:
     assert environment.ledger == f"sqlite:///{tmp_path}/ledger.db"
     assert environment.dagster_home == tmp_path / "dagster"
     assert environment.task_folders[-1] == tmp_path / "tasks"
-    assert (environment.compute, environment.max_adapters, environment.api_keys) == ("local", 64, ())
+    assert (environment.compute, environment.adapter_memory_mb, environment.api_keys) == ("local", 512, ())
 
 
 def test_each_variable_is_heard(tmp_path: Path) -> None:
@@ -31,7 +31,8 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
             "FT_IMAGE": "registry/ft:1",
             "FT_NAMESPACE": "ml",
             "FT_DEVICE": "cpu",
-            "FT_MAX_ADAPTERS": "8",
+            "FT_GENERATION_ENGINE": "vllm",
+            "FT_ADAPTER_MEMORY_MB": "8",
             "FT_API_KEYS": "one, two,",
             "FT_ACTOR": "ada",
         }
@@ -43,13 +44,24 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
     assert environment.task_folders == (Path("/one"), Path("/two"))
     assert environment.packages == Path("/packages")
     assert (environment.compute, environment.image, environment.namespace) == ("kubernetes", "registry/ft:1", "ml")
-    assert (environment.device, environment.max_adapters) == ("cpu", 8)
+    assert (environment.device, environment.adapter_memory_mb) == ("cpu", 8)
+    assert environment.generation_engine == "vllm"
     assert environment.api_keys == ("one", "two")
     assert environment.actor == "ada"
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, {"FT_DEVICE": "cpu", "FT_MAX_ADAPTERS": "8", "FT_IMAGE": "ft:1", "FT_NAMESPACE": "ml"}]
+    "variables",
+    [
+        {},
+        {
+            "FT_DEVICE": "cpu",
+            "FT_ADAPTER_MEMORY_MB": "8",
+            "FT_IMAGE": "ft:1",
+            "FT_NAMESPACE": "ml",
+            "FT_GENERATION_ENGINE": "vllm",
+        },
+    ],
 )
 def test_a_child_process_reads_the_same_environment(tmp_path: Path, variables: dict[str, str]) -> None:
     environment = Environment.read({"FT_ACTOR": "ada", **variables}, home=tmp_path)
@@ -75,7 +87,12 @@ def test_relative_paths_mean_the_same_after_the_working_directory_changed(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("FT_MAX_ADAPTERS", "many"), ("FT_MAX_ADAPTERS", "0"), ("FT_MAX_ADAPTERS", "-1"), ("FT_COMPUTE", "kubernets")],
+    [
+        ("FT_ADAPTER_MEMORY_MB", "many"),
+        ("FT_ADAPTER_MEMORY_MB", "0"),
+        ("FT_ADAPTER_MEMORY_MB", "-1"),
+        ("FT_COMPUTE", "kubernets"),
+    ],
 )
 def test_what_is_no_number_or_no_choice_is_named(tmp_path: Path, name: str, value: str) -> None:
     with pytest.raises(SpecError, match=f"{name} is '{value}'") as caught:
@@ -114,3 +131,64 @@ def test_a_base_model_that_is_not_there(reference: str, expected: str) -> None:
     with pytest.raises(SpecError, match=expected) as caught:
         resolve(reference)
     assert caught.value.mend
+
+
+def test_a_service_is_open_to_its_own_machine_and_to_no_site_by_default() -> None:
+    settings = ServiceSettings.read({})
+    assert (settings.auth, settings.cors_origins, settings.rate_limit) == ("auto", (), None)
+    assert (settings.workers, settings.log, settings.otlp, settings.content_filter) == (1, "text", "", "")
+
+
+def test_each_setting_of_the_service_is_heard(tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("-----BEGIN PUBLIC KEY-----")
+    settings = ServiceSettings.read(
+        {
+            "FT_AUTH": "always",
+            "FT_JWT_SECRET": "s" * 32,
+            "FT_JWT_PUBLIC_KEY": str(key),
+            "FT_JWT_ISSUER": "https://login.example",
+            "FT_CORS_ORIGINS": "https://a.example, https://b.example,",
+            "FT_RATE_LIMIT": "120",
+            "FT_REQUEST_SECONDS": "5",
+            "FT_REQUEST_TOKENS": "1000",
+            "FT_DRAIN_SECONDS": "7.5",
+            "FT_WORKERS": "3",
+            "FT_LOG": "json",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318",
+        }
+    )
+    assert (settings.auth, settings.jwt_secret, settings.jwt_issuer) == ("always", b"s" * 32, "https://login.example")
+    assert settings.jwt_public_key == "-----BEGIN PUBLIC KEY-----"
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert (settings.rate_limit, settings.request_seconds, settings.request_tokens) == (120, 5, 1000)
+    assert (settings.drain_seconds, settings.workers, settings.log) == (7.5, 3, "json")
+    assert settings.otlp == "http://collector:4318"
+    assert "s" * 32 not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"FT_AUTH": "never"},
+        {"FT_JWT_SECRET": "short"},
+        {"FT_JWT_PUBLIC_KEY": "/nowhere.pem", "FT_JWT_ISSUER": "x"},
+        {"FT_JWT_PUBLIC_KEY": "-----BEGIN PUBLIC KEY-----"},
+        {"FT_RATE_LIMIT": "-1"},
+        {"FT_REQUEST_SECONDS": "soon"},
+        {"FT_WORKERS": "0"},
+        {"FT_LOG": "xml"},
+    ],
+)
+def test_what_the_service_cannot_use_is_named(variables: dict[str, str]) -> None:
+    with pytest.raises(SpecError, match=next(iter(variables))):
+        ServiceSettings.read(variables)
+
+
+def test_processes_that_start_together_share_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_JWT_SECRET", "")
+    share_secret()
+    made = ServiceSettings.read().jwt_secret
+    assert len(made) == 64
+    share_secret()
+    assert ServiceSettings.read().jwt_secret == made

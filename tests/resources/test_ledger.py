@@ -14,8 +14,9 @@ import pytest
 import sqlalchemy as sa
 
 from ft_assets.data.rows import ROW_COLUMNS, frame, row_id
+from ft_resources import api_keys
 from ft_resources import ledger_schema as schema
-from ft_resources.errors import ArtefactError, GateRefusal, RequestError
+from ft_resources.errors import ArtefactError, GateRefusal, RequestError, SpecError
 from ft_resources.ledger import Ledger
 
 TASK = "mail-triage"
@@ -107,7 +108,8 @@ def test_a_release_its_route_and_its_audit_event_come_together(ledger: Ledger) -
     assert route is not None
     assert route["release_id"] == made["id"]
     share = {"adapter": "a" * 64, "model_version": "1", "release_id": made["id"], "base": "package:base/model"}
-    assert route["plan"] == {"shares": [{**share, "share": 1.0}], "shadow": []}
+    share |= {"share": 1.0, "precision": "auto"}
+    assert route["plan"] == {"shares": [share], "shadow": [], "review_below": 0.0}
     assert ledger.routes() == {TASK: route}
     (event,) = ledger.audit_events()
     assert (event["action"], event["actor"], event["subject"]) == ("release", "ada", made["id"])
@@ -235,7 +237,7 @@ def test_predictions_of_a_time_with_feedback_joined(ledger: Ledger) -> None:
     assert rows["id"].tolist() == ["early", "late"]
     assert rows["true_label"].tolist() == [None, "spam"]
     assert rows["rating"].tolist() == [None, -1]
-    assert list(rows.columns) == [*(column.name for column in schema.predictions.c), "true_label", "rating"]
+    assert list(rows.columns) == [*(column.name for column in schema.predictions.c), "true_label", "rating", "true_text"]
     nothing = ledger.predictions_between(TASK, NOON - timedelta(days=9), NOON - timedelta(days=8))
     assert nothing.empty
     for one in (rows, nothing):
@@ -266,6 +268,33 @@ def test_feedback_said_twice_is_stored_once_and_a_change_of_mind_counts(ledger: 
     assert rows["true_label"].tolist() == ["spam"]
     with pytest.raises(RequestError):
         say(ledger, "unknown", "spam")
+
+
+def test_corrected_texts_are_raw_rows_too(ledger: Ledger) -> None:
+    answer(ledger, "p1", label="", probabilities={}, output="Paris is nice.", finish_reason="length")
+    assert ledger.prediction("p1")["output"] == "Paris is nice."
+    long = "No, " + "much " * 200 + "better."
+    assert ledger.add_feedback(prediction_id="p1", label=None, rating=-1, text=long, author="ada") is True
+    assert ledger.add_feedback(prediction_id="p1", label=None, rating=-1, text=long, author="ada") is False
+    assert ledger.feedback_rows(TASK)["label"].tolist() == [long]
+    assert ledger.predictions_between(TASK, NOON, NOON + timedelta(days=1))["true_text"].tolist() == [long]
+
+
+def test_the_bound_of_review_stays_until_a_release_sets_another(ledger: Ledger) -> None:
+    first = release(ledger, "a" * 64, review_below=0.7)
+    second = release(ledger, "b" * 64, first["id"])
+    assert ledger.route(TASK)["plan"]["review_below"] == 0.7  # type: ignore[index]
+    third = release(ledger, "c" * 64, second["id"], review_below=0.0)
+    assert ledger.route(TASK)["plan"]["review_below"] == 0.0  # type: ignore[index]
+    assert ledger.set_review_below(TASK, 0.4, actor="ada") is True
+    assert ledger.set_review_below(TASK, 0.4, actor="ada") is False
+    route = ledger.route(TASK)
+    assert route is not None
+    assert (route["plan"]["review_below"], route["release_id"]) == (0.4, third["id"])
+    assert route["plan"]["shares"][0]["adapter"] == "c" * 64
+    assert ledger.audit_events(TASK)[-1]["action"] == "route"
+    with pytest.raises(GateRefusal):
+        ledger.set_review_below("another", 0.4, actor="ada")
 
 
 def test_the_same_feedback_sent_many_times_at_once_is_stored_once(ledger: Ledger) -> None:
@@ -304,6 +333,24 @@ def test_labels_that_came_back_are_raw_rows(ledger: Ledger) -> None:
 
 
 # -- audit --------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_kept_without_its_secret_and_has_its_name_alone(ledger: Ledger) -> None:
+    until = datetime.now(UTC) + timedelta(days=1)
+    key, shown = api_keys.make("shop", "reader", tasks=["b", "a"], rate=2.5, expires_at=until, created_by="ada")
+    ledger.add_key(key)
+    everything, _ = api_keys.make("all", "owner", created_by="ada")
+    ledger.add_key(everything)
+    assert ledger.api_keys() == [key, everything]
+    assert key.fits(shown.encode()) and not everything.fits(shown.encode())
+    with ThreadPoolExecutor(4) as pool:
+        same = [api_keys.make("same", "reader", created_by="ada")[0] for _ in range(4)]
+        failures = [one.exception() for one in [pool.submit(ledger.add_key, key) for key in same]]
+    assert sum(isinstance(failure, SpecError) for failure in failures) == 3
+    ledger.revoke_key("shop", "ada")
+    ledger.add_key(api_keys.make("shop", "reader", created_by="ada")[0])
+    assert [one.revoked_at is None for one in ledger.api_keys() if one.name == "shop"] == [False, True]
+    assert [event["subject"] for event in ledger.audit_events()] == ["shop", "all", "same", "shop", "shop"]
 
 
 @pytest.fixture

@@ -1,0 +1,122 @@
+"""What the handlers of requests share: the engines behind them, who is told what, callers who leave."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+
+from bento.metrics import Subject
+from bento.protocol import ErrorResponse
+from bento.routing import RouteEntry
+from ft_resources.errors import RequestError
+
+if TYPE_CHECKING:
+    from bento.admitted import Answers, Failed, Measured, Piece
+    from bento.batcher import Batcher
+    from bento.classify import Scored
+    from bento.request_log import Prediction
+    from bento.route_watcher import RouteWatcher
+    from bento.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+REFUSALS = {
+    400: "The body is not JSON; below /v1/ also: a parameter is not what the protocol asks for, or not supported.",
+    401: "No valid key.",
+    403: "The key is not for this task.",
+    404: "Unknown task, version or prediction.",
+    408: "The body did not arrive in time.",
+    413: "Too many or too large inputs.",
+    422: "A field is not what the protocol asks for, or the content filter refuses it.",
+    429: "The caller sends more requests than it may.",
+    500: "A fault of the service.",
+    503: "Overloaded, not ready, or the log cannot be written; try again later.",
+    504: "There was no answer within the time allowed.",
+}
+
+
+class CallerGone(Exception):
+    """The caller closed the connection before the answer was there."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the handlers work with; set on `app.state.backend` once the service has started."""
+
+    scorer: "Scorer"
+    batcher: "Batcher[Piece, Scored | Failed, Answers | Measured]"
+    watcher: "RouteWatcher"
+
+
+def errors(*without: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals that an endpoint may answer with, for OpenAPI."""
+    return {
+        status: {"model": ErrorResponse, "description": text}
+        for status, text in REFUSALS.items()
+        if status not in without
+    }
+
+
+def backend_of(request: Request) -> Backend:
+    """Raises:
+    RequestError: `not_ready`.
+    """
+    backend = request.app.state.backend
+    if not isinstance(backend, Backend):
+        raise RequestError("not_ready", "the service is starting", status=503, mend="Try again in a few seconds.")
+    return backend
+
+
+def about(request: Request, task: str, entry: RouteEntry) -> None:
+    """Note for metrics and traces what the request turned out to be about."""
+    request.state.subject = Subject(task, entry.release_id, entry.adapter[:12], entry.model_version)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the caller goes away.
+
+    Raises:
+        CallerGone: It did.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    waiting = True
+
+    def gone(_: "asyncio.Task[None]") -> None:
+        if waiting:
+            task.cancel()
+
+    leaving = asyncio.ensure_future(disconnect(request))
+    leaving.add_done_callback(gone)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if leaving.done():
+            task.uncancel()
+            raise CallerGone from None
+        raise
+    finally:
+        waiting = False
+        leaving.cancel()
+
+
+async def disconnect(request: Request) -> None:
+    """Returns when the caller is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def record_cut_off(backend: Backend, predictions: "Sequence[Prediction]") -> None:
+    """Record, in a thread, what was written for a caller who is gone."""
+    from bento.admitted import Answers
+
+    def record() -> None:
+        try:
+            backend.scorer.record([Answers(predictions)])
+        except RequestError as error:
+            logger.warning("answers that were cut off are not recorded: %s", error)
+
+    asyncio.get_running_loop().run_in_executor(None, record)

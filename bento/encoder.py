@@ -1,0 +1,170 @@
+"""An encoder that turns token ids into one vector per text, with another low-rank update for each segment of texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from bento.devices import DTYPES, Precision, fast_matmul, keep_memory, native_bf16
+from bento.multi_lora import MultiLora, Segments, Update, wrap_linears
+from bento.packing import PACKED, laid_out, layout
+from ft_resources.base_models import BaseModel
+from ft_resources.errors import ServiceError
+
+EXACT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest difference between packed and padded states that counts as rounding, relative to their size."""
+WINDOWS = ("sliding_window", "local_attention", "attention_window", "attn_logit_softcapping")
+"""Settings of models whose attention is more than a softmax over the whole text."""
+
+
+class Encoder:
+    """A base model in one precision on one device.
+
+    Args:
+        precision: `int8`: linear layers in int8, the rest in float32, attention in bf16 where the CPU has it;
+            `bf16`, `fp32`: everything.
+
+    Raises:
+        ServiceError: The base model cannot be loaded.
+    """
+
+    def __init__(self, base: BaseModel, precision: Precision, device: torch.device) -> None:
+        keep_memory()
+        self.precision, self.device, self.dtype = precision, device, DTYPES[precision]
+        try:
+            model = AutoModel.from_pretrained(base.path, dtype=self.dtype, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ServiceError(
+                f"base model '{base.reference}' cannot be loaded: {error}",
+                where=str(base.path),
+                mend="Check that the folder was written by transformers' save_pretrained.",
+            ) from error
+        self._model: Any = model.to(device).eval().requires_grad_(False)
+        self.config: Any = model.config
+        self._segments = Segments()
+        self.layers: dict[str, MultiLora] = wrap_linears(self._model, self._segments)
+        if getattr(self._model, "pooler", None) is not None:
+            self._model.pooler = None  # not on the way to the hidden states
+        self._attention = self.dtype
+        self._pad = int(getattr(self.config, "pad_token_id", None) or 0)
+        embeddings: Any = getattr(self._model, "embeddings", None)
+        # RoBERTa and its kin count positions from the padding token's number on
+        counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
+        self._first_place = int(embeddings.padding_idx) + 1 if counts_on else 0
+        self.packed = False
+        self.packed = device.type == "cpu" and self._packs()
+        if precision == "int8":
+            for layer in self.layers.values():
+                layer.to_int8()
+            if native_bf16(device):
+                self._attention = torch.bfloat16
+
+    @property
+    def hidden(self) -> int:
+        """Width of a vector."""
+        return int(self.config.hidden_size)
+
+    def pooled(
+        self,
+        texts: Sequence[Sequence[int]],
+        segments: Sequence[tuple[int, int, Mapping[str, Update]]],
+        poolings: Sequence[str],
+    ) -> torch.Tensor:
+        """float32 [texts, hidden]: per text the mean over its tokens (`mean`), its first (`cls`) or `last` one.
+
+        Args:
+            texts: Token ids.
+            segments: (first text, text after the last, module name -> update); texts outside of all get none.
+            poolings: Of each text.
+
+        Raises:
+            ServiceError: The model does not keep texts apart, so that updates cannot be mixed in it.
+        """
+        with torch.inference_mode(), fast_matmul(self.device, self.dtype):
+            states = self._run(texts, segments)
+            lengths = torch.tensor([len(text) for text in texts], device=self.device)
+            if self.packed:
+                ends = lengths.cumsum(0)
+                starts = ends - lengths
+            else:
+                starts = torch.arange(len(texts), device=self.device) * (len(states) // len(texts))
+                ends = starts + lengths
+            pooled = torch.empty(len(texts), states.shape[-1], device=self.device)
+            for pooling in set(poolings):
+                chosen = torch.tensor([each == pooling for each in poolings], device=self.device).nonzero().flatten()
+                if pooling == "mean":
+                    pooled[chosen] = self._means(states, lengths)[chosen]
+                else:
+                    places = starts if pooling == "cls" else ends - 1
+                    pooled[chosen] = states[places[chosen]].float()
+            return pooled
+
+    def _means(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        texts = torch.arange(len(lengths), device=self.device)
+        if self.packed:
+            total = torch.zeros(len(lengths), states.shape[-1], device=self.device)
+            total.index_add_(0, texts.repeat_interleave(lengths), states.float())
+        else:
+            padded = states.float().view(len(lengths), -1, states.shape[-1])
+            there = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
+            total = (padded * there[..., None]).sum(1)
+        return total / lengths[:, None]
+
+    def _run(
+        self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Mapping[str, Update]]]
+    ) -> torch.Tensor:
+        """Last hidden states, text after text: of every token of a pack, or of every place of a padded batch."""
+        lengths = [len(text) for text in texts]
+        ends = [0]
+        for length in lengths:
+            ends.append(ends[-1] + length)
+        if self.packed:
+            self._segments.rows = ends[-1]
+            self._segments.parts = [(ends[start], ends[stop], updates) for start, stop, updates in segments]
+        else:
+            self._segments.rows = len(texts)
+            self._segments.parts = segments
+        try:
+            output = self._pack(texts, lengths) if self.packed else self._padded(texts, lengths)
+        finally:
+            self._segments.parts, self._segments.quantised = (), None
+        return output.view(-1, output.shape[-1])
+
+    def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([[token for text in texts for token in text]])
+        places = torch.tensor([[place for length in lengths for place in range(length)]]) + self._first_place
+        with laid_out(layout(lengths, self._attention, self.device)):
+            output = self._model(input_ids=ids.to(self.device), position_ids=places.to(self.device))
+        return output.last_hidden_state
+
+    def _padded(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
+        width = max(lengths)
+        ids = torch.full((len(texts), width), self._pad, dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids[row, : lengths[row]] = torch.tensor(text, dtype=torch.long)
+        mask = None
+        if min(lengths) < width:
+            mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(self.device)
+        return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
+
+    def _packs(self) -> bool:
+        """Whether two texts in a pack get the states they get in a padded batch; leaves the attention that fits."""
+        standard = self.config._attn_implementation
+        if any(isinstance(getattr(self.config, name, None), int | float) for name in WINDOWS):
+            return False
+        vocabulary = int(self.config.vocab_size)
+        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
+        poolings = ("mean", "mean")
+        padded = self.pooled(texts, (), poolings)
+        try:
+            self._model.set_attn_implementation(PACKED)
+            self.packed = True
+            packed = self.pooled(texts, (), poolings)
+            if bool((packed - padded).norm() <= EXACT[self.dtype] * padded.norm()):
+                return True
+        except (TypeError, ValueError, RuntimeError, IndexError, LookupError):
+            pass  # it takes no positions, or has another kind of attention
+        self.packed = False
+        self._model.set_attn_implementation(standard)
+        return False
