@@ -44,8 +44,8 @@ def layout_of(task: TaskSpec, source: FilesSource | PackageSource) -> Layout:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A text and its label."""
+class _TwoColumns:
+    """Names of the columns of a text and of what belongs to it."""
 
     text: str
     label: str
@@ -53,6 +53,11 @@ class Labelled:
     @property
     def columns(self) -> tuple[str, ...]:
         return self.text, self.label
+
+
+@dataclass(frozen=True)
+class Labelled(_TwoColumns):
+    """A text and its label."""
 
     def row(self, row: Row, where: str) -> tuple[str, str | None]:
         label = _value(row, self.label, where)
@@ -62,15 +67,8 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Extracted:
+class Extracted(_TwoColumns):
     """A document and its fields: an object, or a text that holds one as JSON."""
-
-    text: str
-    label: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.text, self.label
 
     def row(self, row: Row, where: str) -> tuple[str, str | None]:
         values = _value(row, self.label, where)
@@ -80,16 +78,10 @@ class Extracted:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(_TwoColumns):
     """A question and its answer."""
 
-    text: str
-    label: str
     system: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.text, self.label
 
     def row(self, row: Row, where: str) -> tuple[str, str | None]:
         question = {"role": "user", "content": _text(row, self.text, where)}

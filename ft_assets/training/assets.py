@@ -151,7 +151,7 @@ def _made(
     if task.spec.retraining == "incremental":
         start = f"the weights of adapter {short(parent)}" if parent else "fresh weights: none is live that knew less"
         context.log.info(f"incremental retraining starts from {start}")
-    return made_from(task, resolved, inputs, environment, parent)
+    return {**made, "parent": parent} if parent else made
 
 
 def _trace(context: dg.AssetExecutionContext, resolved: Resolved, config: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def parent_of(task: Task, made: Mapping[str, Any], lake: Lake, ledger: Ledger) -
     """Digest of the adapter that a training of `task` starts from; None: fresh weights.
 
     Args:
-        made: What the new adapter is made from, as `jobs.made_from` tells without a parent.
+        made: What the new adapter is made from, as `jobs.made_from` tells.
 
     Raises:
         SpecError: That adapter differs in what its weights depend on; it names all of it.

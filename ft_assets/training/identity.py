@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from ft_assets.training.reporting import expected_device
 from ft_resources.environments import Environment, source_digest
-from ft_resources.provenance import provenance
+from ft_resources.provenance import hardware
 
 TRAINER = source_digest("bento/conversation.py", "ft_assets/training/engine")
 """Digest of the trainer's source: other training code makes another adapter."""
@@ -24,6 +24,6 @@ def environment_of_training(environment: Environment) -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": expected_device(environment),
-        "bf16": ",".join(provenance()["hardware"]["bf16_cpu"]),
+        "bf16": ",".join(hardware()["bf16_cpu"]),
         "threads": str(os.cpu_count()),
     }

@@ -1,6 +1,5 @@
 """What a training worker is told, and what an adapter is made from: the key under which it is found again."""
 
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -31,13 +30,10 @@ def inputs_of(lake: Lake, task: Task) -> dict[str, str]:
     return {split: lake.require(task.name, split).digest for split in SPLITS}
 
 
-def made_from(
-    task: Task, resolved: Resolved, inputs: Mapping[str, str], environment: Environment, parent: str | None = None
-) -> dict[str, Any]:
-    """Everything that decides the bytes of an adapter.
+def made_from(task: Task, resolved: Resolved, inputs: Mapping[str, str], environment: Environment) -> dict[str, Any]:
+    """Everything that decides the bytes of an adapter of fresh weights.
 
-    Args:
-        parent: Digest of the adapter whose weights it starts from; None for fresh ones.
+    One that starts from another adapter's is made from `parent` as well, that one's digest.
     """
     spec = task.spec
     return {
@@ -46,14 +42,15 @@ def made_from(
         "type": spec.type,
         "labels": spec.labels,
         "fields": {name: field.model_dump(mode="json") for name, field in spec.fields.items()},
+        "field_order": list(spec.fields),  # it is the order of the answer, and canonical JSON keeps none of keys
         "instruction": spec.instruction,
+        **({"system": spec.system} if spec.system else {}),
         "preparation": {"pii": list(spec.cleaning.pii), "max_chars": spec.cleaning.max_chars},
         "settings": resolved.settings.model_dump(mode="json"),
         "template": resolved.template_digest,
         "base": resolve_base(resolved.settings.base.model).digest,
         "trainer": TRAINER,
         "environment": environment_of_training(environment),
-        **({"parent": parent} if parent else {}),
     }
 
 
@@ -63,9 +60,10 @@ def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, d
     Args:
         made: What the adapter is made from.
     """
+    key = digest_of(dict(made))
     return {
         "made_from": dict(made),
-        "key": digest_of(dict(made)),
+        "key": key,
         "trace": {},
         "origins": dict(resolved.origins),
         "template": resolved.template,
@@ -75,7 +73,7 @@ def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, d
         "tags": {
             "dagster_run_id": dagster_run,
             "task": made["task"],
-            TRAINED_FROM: digest_of(dict(made)),
+            TRAINED_FROM: key,
             **{split: made[split] for split in SPLITS},
         },
     }
@@ -116,8 +114,3 @@ def triggered_by(run_tags: Mapping[str, str]) -> str:
         if tag in run_tags:
             return f"{kind} {run_tags[tag]}"
     return "user, through the Dagster UI or API"
-
-
-def unnumbered(origins: Mapping[str, str]) -> dict[str, str]:
-    """Origins without line numbers: a comment more in a task file is no other adapter."""
-    return {path: re.sub(r":\d+$", "", origin) for path, origin in origins.items()}

@@ -44,6 +44,12 @@ class TrainingSettings(Strict):
     """The optimiser, its schedule and what it may use."""
 
     epochs: int = Field(2, ge=1, le=100, description="Passes over the training rows; the best by validation is kept.")
+    first_epoch_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Rows are cut to this many tokens in the first epoch, which takes less time then (sequence length "
+        "warm-up, Li et al., 2022); of text-classification.",
+    )
     batch_size: int = Field(16, ge=1, le=4096, description="Rows per optimiser step.")
     micro_batch_tokens: int | None = Field(
         None, ge=8, description="A step is computed in parts of at most this many tokens; the result stays the same."
@@ -131,6 +137,12 @@ def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
     template = file.values["settings"]
     merged = _merge(template, task.spec.overrides)
     settings = task.file.validate(Settings, merged, below=("overrides",))
+    if settings.training.first_epoch_tokens is not None and task.spec.type != "text-classification":
+        raise SpecError(
+            f"rows of {task.spec.type} are not cut shorter in the first epoch: their answers stand at the end",
+            where=task.file.where(("overrides", "training", "first_epoch_tokens")),
+            mend="Leave training.first_epoch_tokens out.",
+        )
     origins = _origins(
         reference,
         settings,

@@ -61,18 +61,13 @@ def _identity(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cost(usage: Usage, device: str, environment: Environment) -> float | None:
-    """Unknown where the price table does not list the device: no reason to lose a training."""
+def _cost(usage: Usage, report: Mapping[str, Any], environment: Environment) -> float | None:
+    """What a training cost; None as well where the price table cannot be read: no reason to lose a training."""
+    gpus = report["provenance"]["hardware"]["gpus"] if report["device"] == "cuda" else None
     try:
-        return cost(usage, environment, device)
+        return cost(usage, environment, str(gpus[0]) if gpus else "")
     except SpecError:
         return None
-
-
-def _priced(report: Mapping[str, Any]) -> str:
-    """What the price table names the device of a training by."""
-    gpus = report["provenance"]["hardware"]["gpus"]
-    return str(gpus[0]) if report["device"] == "cuda" and gpus else "cpu"
 
 
 def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[str, Any]) -> TrainingRun:
@@ -92,7 +87,7 @@ def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[
         rows=report["rows"],
         tokens=history["tokens"],
         steps=len(history["loss"]),
-        cost=_cost(Usage(**usage), _priced(report), environment),
+        cost=_cost(Usage(**usage), report, environment),
         accuracy=best.get("accuracy"),
         macro_f1=best.get("macro_f1"),
         loss=best["loss"],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_assets.training.engine.batching import steps_per_epoch
 from ft_assets.training.recipes import Settings
 from ft_assets.worker import Progress
 from ft_resources.environments import Environment
@@ -42,14 +43,14 @@ class Reporter:
         log.say(f"{len(training.examples)} training rows, {lost}; the longest has {training.longest}", force=True)
         if tracked:
             commit = code()
-            steps = -(-len(training.examples) // settings.training.batch_size) * settings.training.epochs
+            steps = steps_per_epoch(len(training.examples), settings.training.batch_size)
             tracked.params(
                 {
                     **flat(settings.model_dump()),
                     "template": job["template"],
                     "rows": len(training.examples),
                     "rows_cut": training.cut,
-                    "steps": steps,
+                    "steps": steps * settings.training.epochs,
                     "epochs": settings.training.epochs,
                     "code_commit": commit["commit"],
                     "code_dirty": commit["dirty"],

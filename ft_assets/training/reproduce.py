@@ -15,8 +15,6 @@ from ft_resources.errors import ArtefactError
 from ft_resources.lake import Artefact, Lake, short
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "head.safetensors")
-DESCRIBED = ("task", "template", "origins", "preparation", "exactness", "parent")
-"""Entries of `adapter.json` that a training does not tell itself."""
 LOSS_TOLERANCE = 1e-3
 """Largest difference of a step's loss where the adapter does not claim to be bit-exact."""
 
@@ -92,7 +90,7 @@ def reproduce(
             mend="Bring that base model back.",
         )
     from ft_assets.training.engine.distributed import World
-    from ft_assets.training.engine.runs import fit, memory_of, task_rows, tokenise, use_cores
+    from ft_assets.training.engine.runs import DESCRIBED, fit, memory_of, task_rows, tokenise, use_cores
 
     use_cores(World())
     rows = task_rows(lake, made)

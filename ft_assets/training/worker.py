@@ -13,7 +13,6 @@ from typing import Any
 
 from ft_assets.training.failures import RESOURCES, failure_of, results_folder, write_results
 from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
-from ft_assets.training.jobs import unnumbered
 from ft_assets.training.recipes import Settings
 from ft_assets.training.reporting import Log, Reporter, expected_device
 from ft_assets.worker import Progress, is_leader, serve
@@ -81,7 +80,7 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict[str, Any]:
     from ft_assets.training.engine.checkpoints import Checkpoints
     from ft_assets.training.engine.distributed import World
-    from ft_assets.training.engine.runs import exactness, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
+    from ft_assets.training.engine.runs import described, fit, memory_of, publish_trace, task_rows, tokenise, use_cores
 
     environment, made, lake, world = Environment.read(), job["made_from"], Lake(job["lake"]), World.join()
     use_cores(world)
@@ -99,14 +98,7 @@ def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict
             base,
             settings,
             folder,
-            describe={
-                "task": made["task"],
-                "template": job["template"],
-                "origins": unnumbered(job["origins"]),
-                "preparation": made["preparation"],
-                "exactness": exactness(environment.device),
-                **({"parent": parent.digest} if parent else {}),
-            },
+            describe=described(made, job["template"], job["origins"], environment),
             device=environment.device,
             checkpoints=Checkpoints(lake, made["task"], job["key"]),
             world=world,

@@ -1,7 +1,9 @@
 """Base models and rows for short trainings."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 
 import pandas as pd
 import pytest
@@ -21,6 +23,14 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name in ("MLFLOW_TRACKING_URI", "DAGSTER_HOME") or (name.startswith("FT_") and name != "FT_PACKAGE_CACHE"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes of their own at once: forks of a server that has imported the trainer and does nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.forked"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""A small training in a process of its own: `small_training.py BASE LAKE FOLDER`. Prints every step."""
+"""Small trainings for processes of their own; under torchrun: `small_training.py BASE LAKE FOLDER`, sharded."""
 
 import gc
-import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.tensor import DTensor
@@ -15,27 +16,32 @@ from ft_resources.base_models import resolve
 from ft_resources.lake import Lake
 from tests.training.small import LABELS, settings, texts
 
-base, lake, folder = sys.argv[1:]
-world = World.join()
-use_cores(world)
-rows = TaskRows("text-classification", texts(48, 1), texts(16, 2), LABELS)
-sharding = {"sharding": bool(os.environ.get("SMALL_SHARDING"))}
-chosen = settings(
-    base, speed=sharding, training={"precision": os.environ.get("SMALL_PRECISION", "bf16"), "checkpoint_minutes": 1e-9}
-)
-data = tokenise(rows, resolve(base), chosen.base.max_tokens)
-fit(
-    rows,
-    data,
-    resolve(base),
-    chosen,
-    Path(folder) if world.leads else Path(folder + "-other"),
-    describe={"task": "small"},
-    checkpoints=Checkpoints(Lake(lake), "t", "key"),
-    world=world,
-    on_step=lambda step: print("step", step.step, flush=True),
-)
-if world.size > 1:
-    shards = [thing for thing in gc.get_objects() if isinstance(thing, DTensor) and isinstance(thing, Parameter)]
-    held, whole = sum(shard.to_local().numel() for shard in shards), sum(shard.numel() for shard in shards)
-    print("held", held, "of", whole, flush=True)
+
+def train(
+    base: str, lake: str, folder: str, tell: Callable[[str], None], *, precision: str, sharding: bool = False
+) -> None:
+    """Train on a checkpoint at every step; tells every step, and of several processes what each holds of shards."""
+    world = World.join()
+    use_cores(world)
+    rows = TaskRows("text-classification", texts(48, 1), texts(16, 2), LABELS)
+    chosen = settings(base, speed={"sharding": sharding}, training={"precision": precision, "checkpoint_minutes": 1e-9})
+    data = tokenise(rows, resolve(base), chosen.base.max_tokens)
+    fit(
+        rows,
+        data,
+        resolve(base),
+        chosen,
+        Path(folder) if world.leads else Path(folder + "-other"),
+        describe={"task": "small"},
+        checkpoints=Checkpoints(Lake(lake), "t", "key"),
+        world=world,
+        on_step=lambda step: tell(f"step {step.step}"),
+    )
+    if world.size > 1:
+        shards = [thing for thing in gc.get_objects() if isinstance(thing, DTensor) and isinstance(thing, Parameter)]
+        held, whole = sum(shard.to_local().numel() for shard in shards), sum(shard.numel() for shard in shards)
+        tell(f"held {held} of {whole}")
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:4], partial(print, flush=True), precision="fp32", sharding=True)  # type: ignore[misc]

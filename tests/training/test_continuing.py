@@ -78,10 +78,9 @@ class Home:
     def made(self, seed: int, further: str = INCREMENTAL, recipe: str = "tiny@1") -> dict[str, Any]:
         """What an adapter of the rows of `seed` is made from, its parent among it."""
         task, resolved = self.task(further, recipe)
-        inputs = self.inputs(seed)
-        made = made_from(task, resolved, inputs, self.environment)
+        made = made_from(task, resolved, self.inputs(seed), self.environment)
         parent = parent_of(task, made, self.lake, self.ledger)
-        return made_from(task, resolved, inputs, self.environment, parent)
+        return {**made, "parent": parent} if parent else made
 
     def inputs(self, seed: int) -> dict[str, str]:
         """Splits of generated rows."""

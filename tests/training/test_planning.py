@@ -150,24 +150,26 @@ def test_a_plan_is_calibrated_on_what_was_recorded(environment: Environment, tas
     assert "2 recorded runs" in again.calibration
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_size_of_the_result_is_that_of_one_that_is_written(
-    environment: Environment, tiny: Callable[[str], str], task: Task, tmp_path: Path, method: str
+    environment: Environment, tiny: Callable[[str], str], task: Task, tmp_path: Path
 ) -> None:
     rows = rows_of(Lake(tmp_path / "lake"), Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), environment, task)
-    chosen = settings(tiny("bert"), method=method, lora={"rank": 64}, training={"epochs": 1})
-    run = run_entry(tmp_path, task_made(task), chosen, rows, timed=True)
-    (workload,) = measure([run], environment, tmp_path).workloads
-
     real = TaskRows("text-classification", rows.training, rows.validation, LABELS)
     data = tokenise(real, resolve(tiny("bert")), 64)
-    trained = fit(real, data, resolve(tiny("bert")), chosen, tmp_path / "adapter", describe={}, device="cpu")
-    assert workload.trained_parameters == trained.history.trainable_parameters
-    assert workload.total_parameters == trained.history.total_parameters
-    assert workload.tokens_per_epoch == trained.history.tokens
-    written = sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors"))
-    counted = workload.trained_parameters if method == "lora" else workload.total_parameters
-    assert counted * 4 == pytest.approx(written, rel=0.05)
+    choices = [
+        settings(tiny("bert"), method=method, lora={"rank": 64}, training={"epochs": 1}) for method in ("lora", "full")
+    ]
+    runs = [run_entry(tmp_path, task_made(task), chosen, rows, timed=True) for chosen in choices]
+    measured = measure(runs, environment, tmp_path)
+    for chosen, workload in zip(choices, measured.workloads, strict=True):
+        folder = tmp_path / chosen.method
+        trained = fit(real, data, resolve(tiny("bert")), chosen, folder, describe={}, device="cpu")
+        assert workload.trained_parameters == trained.history.trainable_parameters
+        assert workload.total_parameters == trained.history.total_parameters
+        assert workload.tokens_per_epoch == trained.history.tokens
+        written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        counted = workload.trained_parameters if chosen.method == "lora" else workload.total_parameters
+        assert counted * 4 == pytest.approx(written, rel=0.05)
 
 
 def test_a_base_model_that_the_settings_do_not_fit_is_refused(

@@ -4,11 +4,10 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from ft_assets.training.searching import trials as search
 from ft_assets.training.searching.learning_curve import DRAWS, Run, answer, share_of
 from ft_assets.training.searching.trials import Objective, check_space
 from ft_assets.training.searching.worker import search_job
-from ft_resources.environments import REPOSITORY, Environment
+from ft_resources.environments import Environment
 from ft_resources.errors import SpecError, TrainingError
 from ft_resources.lake import Lake
 from ft_resources.tracking import client
+from tests.training.forked import forked
+from tests.training.forked import search as forked_search
 from tests.training.small import settings, texts
 
 RECIPE = """\
@@ -56,13 +57,6 @@ name: weather
 type: text-generation
 recipe: tiny@1
 sources: [{kind: feedback}]
-"""
-WORKER = """
-import json, sys
-from ft_assets.training.engine.runs import TaskRows
-from ft_assets.training.searching.worker import search_job
-job = json.load(open(sys.argv[1]))
-print("done", json.dumps(search_job(job, lambda line, force=False: print(line, flush=True))), flush=True)
 """
 
 
@@ -282,23 +276,21 @@ def test_a_trial_that_fails_does_not_end_the_search(home: Callable[..., Home]) -
         assert image.startswith(b"\x89PNG")
 
 
-def test_a_killed_search_goes_on_where_it_was(home: Callable[..., Home], tmp_path: Path) -> None:
+def test_a_killed_search_goes_on_where_it_was(
+    home: Callable[..., Home], processes: ForkServerContext, tmp_path: Path
+) -> None:
     chosen = f"search: {{trials: 5, {RATES}, epochs: [3], pruning: median}}\n"
     whole = home(chosen, "whole").search()
     made = home(chosen, "killed")
     own = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made.environment = replace(made.environment, mlflow=own)
-    job = made.job()
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    variables = {**os.environ, **made.environment.variables(), "FT_DEVICE": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "job.json")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, cwd=REPOSITORY) as worker:
-        assert worker.stdout is not None
-        for line in worker.stdout:
+    variables = {**made.environment.variables(), "FT_DEVICE": "cpu"}
+    with forked(processes, forked_search, made.job(), variables=variables) as (worker, lines):
+        for line in lines:
             if line.startswith("trial 3/5"):
-                worker.send_signal(signal.SIGKILL)
+                worker.kill()
                 break
-    assert worker.returncode == -signal.SIGKILL
+    assert worker.exitcode == -signal.SIGKILL
     found = made.search()
     assert scores(found) == scores(whole)
     assert [trial["reused"] for trial in found["trials"]][:3] == [True] * 3

@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
@@ -21,7 +24,9 @@ from ft_resources.base_models import resolve
 from ft_resources.environments import REPOSITORY
 from ft_resources.errors import OutOfMemory, TrainingError
 from ft_resources.lake import Lake
-from tests.training.small import DECODERS, ENCODERS, digests, settings, texts
+from tests.training import small_training
+from tests.training.forked import forked, train_small
+from tests.training.small import DECODERS, ENCODERS, LABELS, digests, settings, texts
 
 Tiny = Callable[[str], str]
 PLAIN = {
@@ -95,6 +100,27 @@ def test_cached_frozen_layers_change_no_loss(kind: str, tiny: Tiny, classes: Tas
     np.testing.assert_allclose(cached.history.loss, recomputed.history.loss, rtol=2e-5)
     adapted = load_file(tmp_path / "cached" / "adapter_model.safetensors")
     assert adapted and all(".2." in name for name in adapted)
+
+
+@pytest.mark.parametrize("lora", [{}, {"top_layers": 1}])
+def test_rows_are_shorter_in_the_first_epoch_alone(
+    lora: dict[str, int], tiny: Tiny, classes: TaskRows, tmp_path: Path
+) -> None:
+    chosen = settings(tiny("bert"), lora=lora, training={"epochs": 2, "first_epoch_tokens": 8})
+    data = tokenise(classes, resolve(tiny("bert")), chosen.base.max_tokens)
+    cut = [one.cut_to(8) for one in data.training.examples]
+    tokenizer = AutoTokenizer.from_pretrained(tiny("bert"))
+    texts = classes.training["text"].tolist()
+    assert [one.ids for one in cut] == tokenizer(texts, truncation=True, max_length=8)["input_ids"]
+    lengths = [sum(len(one.ids) for one in examples) for examples in (cut, data.training.examples)]
+    assert lengths[0] < 0.8 * lengths[1]
+    warmed = train(classes, chosen, tmp_path / "warmed")
+    assert warmed.history.tokens == sum(lengths)
+    uncached = settings(
+        tiny("bert"), lora=lora, training={"epochs": 2, "first_epoch_tokens": 8}, speed={"cache_frozen": False}
+    )
+    again = train(classes, uncached, tmp_path / "uncached")
+    np.testing.assert_allclose(again.history.loss, warmed.history.loss, rtol=2e-5)
 
 
 def test_a_cached_run_skips_the_layers_below(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
@@ -220,22 +246,19 @@ def test_another_seed_gives_other_bytes(tiny: Tiny, classes: TaskRows, tmp_path:
     assert first != second
 
 
-def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    tiny: Tiny, processes: ForkServerContext, tmp_path: Path
+) -> None:
     """SIGKILL at four moments of a packed bf16 run in a process of its own."""
-    script = Path(__file__).with_name("small_training.py")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
     def run(name: str, kill_after: int | None) -> None:
-        arguments = [sys.executable, str(script), tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name)]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step") and kill_after is not None and int(line.split()[1]) >= kill_after:
-                process.kill()
-                break
-        process.wait()
-        process.stdout.close()
-        assert (process.returncode == 0) == (kill_after is None)
+        places = (tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name))
+        with forked(processes, train_small, *places, "bf16") as (process, lines):
+            for line in lines:
+                if kill_after is not None and int(line.split()[1]) >= kill_after:
+                    process.kill()
+                    break
+        assert (process.exitcode == 0) == (kill_after is None)
 
     run("undisturbed", None)
     for moment in (2, 7, 11, None):
@@ -243,20 +266,50 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tiny:
     assert digests(tmp_path / "disturbed") == digests(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("sharding", ["", pytest.param("yes", marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_trains(sharding: str, tiny: Tiny, tmp_path: Path) -> None:
-    """torchrun with gloo, the same global batch: losses and weights within 1e-5. Sharded, each holds half the base."""
-    script = Path(__file__).with_name("small_training.py")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SMALL_PRECISION": "fp32", "SMALL_SHARDING": sharding}
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launcher in (("one", []), ("two", several)):
-        arguments = [tiny("bert"), str(tmp_path / f"lake-{name}"), str(tmp_path / name)]
-        command = [sys.executable, *launcher, str(script), *arguments]
-        done = subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True, text=True)
-    told = [line.split() for line in done.stdout.splitlines() if line.startswith("held ")]
-    assert len(told) == 2
-    for _, held, _, whole in told:
-        assert 0.45 * int(whole) < int(held) < 0.55 * int(whole) if sharding else int(whole) == 0
+def trained_by_two(processes: ForkServerContext, base: str, lake: str, folder: str) -> list[str]:
+    """Two processes train together; returns what they told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    leader, other = (
+        forked(processes, train_small, base, lake, folder, "fp32", variables={**world, "RANK": str(rank)})
+        for rank in (0, 1)
+    )
+    with leader as (first, lines), other as (second, more):
+        told = [*lines, *more]
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    return told
+
+
+def trained_by_torchrun(processes: ForkServerContext, base: str, lake: str, folder: str) -> list[str]:
+    """The same under torchrun, sharded."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(Path(small_training.__file__)), base, lake, folder]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("by_two", "share_held"),
+    [(trained_by_two, None), pytest.param(trained_by_torchrun, 0.5, marks=pytest.mark.slow)],
+)
+def test_two_processes_train_what_one_trains(
+    by_two: Callable[..., list[str]],
+    share_held: float | None,
+    tiny: Tiny,
+    processes: ForkServerContext,
+    tmp_path: Path,
+) -> None:
+    """With gloo, the same global batch: losses and weights within 1e-5. Sharded, each holds half the base."""
+    base = tiny("bert")
+    train(TaskRows("text-classification", texts(48, 1), texts(16, 2), LABELS), settings(base), tmp_path / "one")
+    lines = by_two(processes, base, str(tmp_path / "lake"), str(tmp_path / "two"))
+    held = [(int(line.split()[1]), int(line.split()[3])) for line in lines if line.startswith("held ")]
+    assert len(held) == 2
+    for own, whole in held:
+        assert own == pytest.approx(share_held * whole, rel=0.1) if share_held else whole == 0
     histories = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
     np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], atol=1e-5)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
@@ -352,8 +405,9 @@ def test_memory_held_before_a_training_does_not_count(tiny: Tiny, classes: TaskR
     del ballast
     from ft_resources.usage import peak_memory
 
-    before = peak_memory()
-    train(classes, settings(tiny("bert")), tmp_path / "one", memory=before - 300_000_000)
+    limit = peak_memory() - 300_000_000
+    trained = train(classes, settings(tiny("bert")), tmp_path / "one", memory=limit)
+    assert trained.steps_now == 12 and peak_memory() < limit
 
 
 def test_windows_of_attention_are_not_packed(tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:

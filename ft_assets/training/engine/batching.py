@@ -8,6 +8,11 @@ PART_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}
 """Tokens of one forward and backward pass where `training.micro_batch_tokens` says nothing."""
 
 
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimiser steps in which every one of `rows` rows is seen once; the last may be of fewer rows."""
+    return -(-rows // batch_size)
+
+
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
     """Row numbers in batches: shuffled, sorted by length within groups of 20 batches, batches shuffled again.
 

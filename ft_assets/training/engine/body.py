@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from bento.devices import fast_matmul
+from bento.devices import fast_matmul, keep_memory
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.frozen import LowerLayers, layers_of
@@ -51,6 +51,7 @@ class Body:
         causal: bool,
         kept: dict[int, torch.Tensor] | None = None,
     ) -> None:
+        keep_memory()
         self.device, self.dtype, self.settings = device, dtype, settings
         self.network = _load(base, settings, dtype, causal=causal)
         self.adapted: PeftModel | None = None
@@ -93,25 +94,22 @@ class Body:
             )
         set_peft_model_state_dict(self.adapted, given)
 
-    def keep_lower(self, examples: Sequence[Example], budget: int) -> int:
-        """Compute once what the frozen lower layers give for `examples`; returns its size in bytes.
+    def keep_lower(self, examples: Sequence[Example], budget: int) -> None:
+        """Compute once what the frozen lower layers give for `examples`.
 
-        Nothing is kept, and 0 returned, without `lora.top_layers` or where it would take more than `budget` bytes.
+        Nothing is kept without `lora.top_layers` or where it would take more than `budget` bytes.
         """
-        if self._lower is None:
-            return 0
+        if self._lower is None or all(one.number in self._lower.kept for one in examples):
+            return
         size = sum(len(one.ids) for one in examples) * self.hidden * self.dtype.itemsize
         if size > budget:
-            return 0
-        if all(one.number in self._lower.kept for one in examples):
-            return size
+            return
         with torch.no_grad(), self._computing():
             for start in range(0, len(examples), 16):
                 rows = examples[start : start + 16]
                 with self._lower.recording() as recorded:
                     self._run([one.ids for one in rows])
                 self._lower.keep(rows, self._flat(recorded.states, [one.ids for one in rows]))
-        return size
 
     @contextmanager
     def states(self, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
@@ -143,7 +141,7 @@ class Body:
 
     def _forward(self, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            spare = -sum(map(len, rows)) % ROUND_TOKENS
+            spare = _spare(sum(map(len, rows)))
             ids = torch.tensor([[token for row in rows for token in row] + [0] * spare], device=self.device)
             places = torch.tensor(
                 [[place for row in rows for place in range(len(row))] + [0] * spare], device=self.device
@@ -169,8 +167,7 @@ class Body:
 
     def _batched(self, flat: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            spare = -len(flat) % ROUND_TOKENS
-            return torch.nn.functional.pad(flat, (0, 0, 0, spare)).unsqueeze(0)
+            return torch.nn.functional.pad(flat, (0, 0, 0, _spare(len(flat)))).unsqueeze(0)
         mask = self._mask(rows)
         states = flat.new_zeros(*mask.shape, flat.shape[-1])
         states[mask] = flat
@@ -192,36 +189,41 @@ class Body:
         return getattr(config, "attn_logit_softcapping", None) is not None
 
     def _packs(self) -> bool:
-        """Whether rows may be packed: asked for, and shown on two rows to give what padding gives."""
+        """Whether rows are packed: as asked, but only where that gives what padding gives."""
         wanted = self.settings.speed.packing
-        if wanted == "off" or (wanted == "auto" and (self.device.type != "cpu" or self._looks_elsewhere())):
-            self.network.set_attn_implementation(_padded_attention(self.device))
-            return False
+        tried = wanted == "on" or (wanted == "auto" and self.device.type == "cpu")
+        if tried and not self._looks_elsewhere() and self._packs_exactly():
+            return True
+        if wanted == "on":
+            raise TrainingError(
+                f"rows cannot be packed for a base model of type {self.network.config.model_type}",
+                where="speed.packing",
+                mend="Set it to auto: rows are padded then.",
+            )
+        self.network.set_attn_implementation(_padded_attention(self.device))
+        return False
+
+    def _packs_exactly(self) -> bool:
+        """Whether two rows packed give the states of the same rows padded."""
         vocabulary = int(self.network.config.vocab_size)
         rows = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
         name = attention.SEGMENTS if self.settings.speed.segment_attention else attention.SEGMENTS_LIBRARY
         self.network.eval()
         try:
-            if self._looks_elsewhere():
-                raise ValueError("attention is not over the whole row")
             with torch.no_grad(), self._computing():
                 self.packed = False
                 padded = self._flat(self._run(rows), rows).float()
                 self.network.set_attn_implementation(name)
                 self.packed = True
                 packed = self._flat(self._run(rows), rows).float()
-            exact = bool((packed - padded).norm() <= EXACT * padded.norm())
+            return bool((packed - padded).norm() <= EXACT * padded.norm())
         except (TypeError, ValueError, RuntimeError, IndexError):  # no positions, another attention, another shape
-            exact = False
-        if not exact:
-            if wanted == "on":
-                raise TrainingError(
-                    f"rows cannot be packed for a base model of type {self.network.config.model_type}",
-                    where="speed.packing",
-                    mend="Set it to auto: rows are padded then.",
-                )
-            self.network.set_attn_implementation(_padded_attention(self.device))
-        return exact
+            return False
+
+
+def _spare(tokens: int) -> int:
+    """Tokens that fill up a pack."""
+    return -tokens % ROUND_TOKENS
 
 
 def _bounds(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ class Snapshot:
     progress: dict[str, Any]
     """What is no tensor: epoch, batch, step, history. JSON."""
     tensors: dict[str, torch.Tensor]
-    """Weights, optimiser moments, random state, trace."""
+    """Weights, optimiser moments, trace, outputs of the last validation."""
 
 
 @dataclass

@@ -1,20 +1,13 @@
 """Rows as token numbers: texts with a class, or conversations with the answer to learn. Tokenised once per run."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-Message = dict[str, str]
+from bento.conversation import ALPACA_TEMPLATE
 
-ALPACA_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% elif message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
-    "{% else %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}### Response:\n{% endif %}"
-)
-"""The chat template given to a base model that has none."""
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -26,6 +19,15 @@ class Example:
     ids: list[int]
     target: int
     """The number of its class; for a conversation, the place of the answer's first token in `ids`."""
+    closing: int = 0
+    """Special tokens at its end, which a cut keeps."""
+
+    def cut_to(self, tokens: int) -> "Example":
+        """Itself if it is no longer; else its first tokens and what closes it, with a number of its own."""
+        if len(self.ids) <= tokens:
+            return self
+        kept = max(1, tokens - self.closing)
+        return replace(self, number=-1 - self.number, ids=self.ids[:kept] + self.ids[len(self.ids) - self.closing :])
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,23 @@ def classified(
     """Texts and the numbers of their classes. `start`: number of the first example."""
     encoded: list[list[int]] = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"] if texts else []
     short = _truncated(tokenizer, texts, encoded, max_tokens)
+    closing = _closing(tokenizer)
     return Tokenised(
-        [Example(start + at, ids, target) for at, (ids, target) in enumerate(zip(short, classes, strict=True))],
+        [
+            Example(start + at, ids, target, closing)
+            for at, (ids, target) in enumerate(zip(short, classes, strict=True))
+        ],
         cut=sum(len(ids) > max_tokens for ids in encoded),
         longest=max(map(len, encoded), default=0),
         dropped=0,
     )
+
+
+def _closing(tokenizer: Any) -> int:
+    """Special tokens that the tokenizer puts after every text."""
+    special = set(tokenizer.all_special_ids)
+    found = list(itertools.takewhile(special.__contains__, reversed(tokenizer("a")["input_ids"])))
+    return len(found)
 
 
 def _truncated(tokenizer: Any, texts: Sequence[str], encoded: list[list[int]], max_tokens: int) -> list[list[int]]:

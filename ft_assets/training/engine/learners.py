@@ -41,6 +41,20 @@ class Learner(Protocol):
         """A better validation compares greater."""
 
 
+def learner_of(
+    kind: str, body: Body, settings: Settings, labels: Sequence[str], training: Sequence[Example]
+) -> Learner:
+    """What a task of type `kind` learns.
+
+    Args:
+        labels: Of a classification, in the order of the head.
+        training: The rows trained on, whose classes give weights by frequency.
+    """
+    if kind == "text-classification":
+        return ClassLearner(body, settings, len(labels), [one.target for one in training])
+    return AnswerLearner(body, settings)
+
+
 class ClassLearner:
     """Pooling over the states of a text and a linear head; cross-entropy of the classes.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ft_assets.training.engine.checkpoints import Checkpoints
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.examples import Tokenised, classified, conversations
 from ft_assets.training.engine.frozen import layers_of
-from ft_assets.training.engine.learners import AnswerLearner, ClassLearner, Learner
+from ft_assets.training.engine.learners import ClassLearner, learner_of
 from ft_assets.training.engine.saving import save
 from ft_assets.training.engine.trainer import Step, Trained, Trainer, seeded
 from ft_assets.training.recipes import Settings
@@ -48,6 +49,8 @@ class TaskRows:
     fields: Mapping[str, Field] = field(default_factory=dict)
     """Of an extraction."""
     instruction: str = ""
+    system: str = ""
+    """Of a generation: the system prompt of requests that have none, as the rows have it."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ class Data:
 def task_rows(lake: Lake, made_from: Mapping[str, Any]) -> TaskRows:
     """The rows that an adapter is, or was, made from."""
     training, validation = (split_rows(lake, made_from[split]) for split in ("train_split", "validation_split"))
+    fields = made_from.get("fields", {})
     return TaskRows(
         made_from.get("type", "text-classification"),  # the only one that older adapters were of
         training,
         validation,
         made_from["labels"],
-        {name: Field.model_validate(one) for name, one in made_from.get("fields", {}).items()},
+        {name: Field.model_validate(fields[name]) for name in made_from.get("field_order", fields)},
         made_from.get("instruction", ""),
+        made_from.get("system", ""),
     )
 
 
@@ -128,7 +133,7 @@ def fit(
     """Train and write the adapter to `folder`.
 
     Args:
-        describe: Further entries of `adapter.json`, such as task and origins of the settings.
+        describe: Further entries of `adapter.json`; see `described`.
         device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
         kept: Filled with what the layers below `lora.top_layers` give, by the number of the row. Runs on the same data,
             base, `lora.top_layers`, precision and speed settings may share one, and compute it once.
@@ -147,14 +152,10 @@ def fit(
         )
     seeded(settings.training.seed, where)
     dtype = pick_dtype(settings.training.precision, where)
-    classification = rows.kind == "text-classification"
-    body = Body(base, settings, where, dtype, causal=not classification, kept=kept)
+    body = Body(base, settings, where, dtype, causal=rows.kind != "text-classification", kept=kept)
     if settings.speed.sharding and world is not None:
         world.shard(layers_of(body.inner)[1], body.inner)
-    targets = [one.target for one in data.training.examples]
-    learner: Learner = AnswerLearner(body, settings)
-    if classification:
-        learner = ClassLearner(body, settings, len(rows.labels), targets)
+    learner = learner_of(rows.kind, body, settings, rows.labels, data.training.examples)
     if parent is not None:
         body.start_from(parent)
         if isinstance(learner, ClassLearner):
@@ -170,20 +171,45 @@ def fit(
         on_step=on_step,
         on_epoch=on_epoch,
     ).run()
-    described: dict[str, Any] = {"type": rows.kind, **describe}
+    about: dict[str, Any] = {"type": rows.kind, **describe}
     head = None
     if isinstance(learner, ClassLearner):
         head = learner.head
         known = np.array([one.target for one in data.validation.examples])
         temperature = fit_temperature(trained.outputs, known) if len(known) else 1.0
-        described |= {"labels": list(rows.labels), "pooling": settings.base.pooling, "temperature": temperature}
+        about |= {"labels": list(rows.labels), "pooling": settings.base.pooling, "temperature": temperature}
     else:
-        described |= {
+        about |= {
             "fields": {name: one.model_dump() for name, one in rows.fields.items()},
             "instruction": rows.instruction,
+            **({"system": rows.system} if rows.system else {}),
         }
-    save(folder, body, head, trained.history, base=base, settings=settings, describe=described)
+    save(folder, body, head, trained.history, base=base, settings=settings, describe=about)
     return trained
+
+
+DESCRIBED = ("task", "template", "origins", "preparation", "exactness", "parent")
+"""Entries of `adapter.json` that a training does not tell itself."""
+
+
+def described(
+    made_from: Mapping[str, Any], template: str, origins: Mapping[str, str], environment: Environment
+) -> dict[str, Any]:
+    """The entries `DESCRIBED` of the adapter that is made from this.
+
+    Args:
+        template: Name of the recipe and its version.
+        origins: Path of each setting -> where it was set. Without the numbers of lines in the adapter: a comment more
+            in a task file is no other adapter.
+    """
+    return {
+        "task": made_from["task"],
+        "template": template,
+        "origins": {path: re.sub(r":\d+$", "", origin) for path, origin in origins.items()},
+        "preparation": made_from["preparation"],
+        "exactness": exactness(environment.device),
+        **({"parent": made_from["parent"]} if "parent" in made_from else {}),
+    }
 
 
 TRACE = "training_trace"

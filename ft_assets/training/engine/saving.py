@@ -46,7 +46,10 @@ def save(
         "settings": settings.model_dump(),
         **describe,
     }
-    (folder / "adapter.json").write_text(json.dumps(adapter, indent=1, sort_keys=True, ensure_ascii=False))
+    about = json.loads(json.dumps(adapter, sort_keys=True))
+    if "fields" in adapter:
+        about["fields"] = adapter["fields"]  # in the order of the answer
+    (folder / "adapter.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
     (folder / "training.json").write_text(json.dumps(asdict(history), indent=1, sort_keys=True))
 
 

@@ -1,8 +1,8 @@
 """The training loop. Runs in training workers only: this module imports torch.
 
 The same rows, settings and seed give the same adapter bytes on the same machine, interrupted or not: the seed is set
-before model and adapter are created, the order of rows is a function of seed and epoch, kernels are deterministic,
-and a checkpoint holds weights, optimiser moments, random state and the place in the data.
+before model and adapter are created and again before every step, the order of rows is a function of seed and epoch,
+kernels are deterministic, and a checkpoint holds weights, optimiser moments and the place in the data.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts
+from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts, steps_per_epoch
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.examples import Example
@@ -133,23 +133,24 @@ class Trainer:
         on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
     ) -> None:
         self.learner, self.training, self.validation = learner, training, validation
+        shorter = settings.training.first_epoch_tokens
+        self._first = training if shorter is None else [one.cut_to(shorter) for one in training]
         self.options: TrainingSettings = settings.training
         self.checkpoints, self.memory = checkpoints, memory
         self.world = world or World()
         self.on_step, self.on_epoch = on_step, on_epoch
         self.weights = learner.trained()
+        self._head = [weight for name, weight in self.weights.items() if name.startswith("head.")]
+        self._others = [weight for name, weight in self.weights.items() if not name.startswith("head.")]
         self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=self.options.weight_decay, fused=True)
-        self.steps_per_epoch = math.ceil(len(training) / self.options.batch_size)
-        self.steps = self.options.epochs * self.steps_per_epoch
+        self.steps = self.options.epochs * steps_per_epoch(len(training), self.options.batch_size)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.at = _Moment()
         network = learner.body.network
         self.history = History(
             trainable_parameters=sum(weight.numel() for weight in self.weights.values()),
-            total_parameters=sum(weight.numel() for weight in network.parameters())
-            + sum(weight.numel() for name, weight in self.weights.items() if name.startswith("head.")),
+            total_parameters=sum(weight.numel() for weight in (*network.parameters(), *self._head)),
         )
-        self._dropout = settings.method == "lora" and settings.lora.dropout > 0
         self._tokens_before = 0
         self._trace: list[torch.Tensor] = []
         self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
@@ -166,7 +167,8 @@ class Trainer:
         self._resume()
         if self.memory is not None:
             forget_peak_memory()  # of what this process did before
-        self.learner.body.keep_lower([*self.training, *self.validation], CACHE_BYTES)
+        shortened = [one for one in self._first if one.number < 0]
+        self.learner.body.keep_lower([*self.training, *shortened, *self.validation], CACHE_BYTES)
         if self.learner.measures_untrained and not self.history.untrained and len(self.validation):
             self.history.untrained = self.learner.measured(self._outputs_on(self.validation), self.validation)
         began, first, self._tokens_before = time.perf_counter(), self.at.step, self.history.tokens
@@ -190,10 +192,11 @@ class Trainer:
     def _epoch(self, began: float, first: int, asked: Callable[[], bool]) -> None:
         started, saved = time.perf_counter() - self.at.seconds, time.perf_counter()
         self.learner.body.train()
-        lengths = [len(one.ids) for one in self.training]
+        training = self._first if self.at.epoch == 1 else self.training
+        lengths = [len(one.ids) for one in training]
         batches = length_grouped(lengths, self.options.batch_size, self.options.seed + self.at.epoch)
         for batch in batches[self.at.batch :]:
-            rows = [self.training[row] for row in batch]
+            rows = [training[row] for row in batch]
             rate = self._set_rate()
             loss = self._step(rows)
             self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
@@ -246,8 +249,8 @@ class Trainer:
         """One optimiser step on `rows`, computed in parts; returns the loss."""
         divisor = self.learner.weight(rows)
         total = torch.zeros((), dtype=torch.float64)
-        if self._dropout:  # a function of the step, so that neither an interruption nor another process changes it
-            torch.manual_seed((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank)
+        # dropout is a function of the step, so that neither an interruption nor another process changes it
+        torch.manual_seed(((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank) % 2**63)
         for part, counts in self._parts(rows):
             try:
                 with self.learner.body.states(part) as states:
@@ -269,8 +272,7 @@ class Trainer:
                 where="training",
                 mend="Lower training.learning_rate or set training.precision to fp32.",
             )
-        clipped = [weight for name, weight in self.weights.items() if not name.startswith("head.")]
-        torch.nn.utils.clip_grad_norm_(clipped, self.options.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self._others, self.options.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
@@ -304,10 +306,10 @@ class Trainer:
                 yield rows[:1], 0.0
 
     def _groups(self) -> list[dict[str, Any]]:
-        heads = [weight for name, weight in self.weights.items() if name.startswith("head.")]
-        others = [weight for name, weight in self.weights.items() if not name.startswith("head.")]
-        groups = [{"params": others, "lr": self.options.learning_rate}]
-        return [*groups, {"params": heads, "lr": self.options.head_learning_rate}] if heads else groups
+        groups = [{"params": self._others, "lr": self.options.learning_rate}]
+        if self._head:
+            groups.append({"params": self._head, "lr": self.options.head_learning_rate})
+        return groups
 
     def _set_rate(self) -> float:
         """The rate of the coming step: warm-up, then the schedule's fall. Returns that of the adapter's weights."""
@@ -355,10 +357,7 @@ class Trainer:
         tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors |= {f"{moment}/{name}": state[weight][moment] for name, weight in self.weights.items()}
-        tensors |= {"trace": torch.stack(self._trace), "random/cpu": torch.get_rng_state()}
-        tensors["outputs"] = torch.from_numpy(self._outputs)
-        if self.learner.body.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        tensors |= {"trace": torch.stack(self._trace), "outputs": torch.from_numpy(self._outputs)}
         snapshot = Snapshot({**asdict(self.at), "history": asdict(self.history)}, tensors)
         self.checkpoints.save(snapshot, epoch_seconds=epoch_seconds, best=best)
 
@@ -378,9 +377,6 @@ class Trainer:
                 **{moment: tensors[f"{moment}/{name}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")},
             }
         self._trace = list(tensors["trace"])
-        torch.set_rng_state(tensors["random/cpu"])
-        if "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"])
 
     def _best_weights(self) -> tuple[Mapping[str, torch.Tensor], np.ndarray]:
         if self._best is not None:

@@ -170,7 +170,7 @@ def _plan(
         remarks.append(f"No cost: {error}")
     planned = []
     for method, workload in zip(methods, measured.workloads, strict=False):
-        seconds = calibration.seconds(measured.rates.seconds(workload.work(settings.training.epochs)))
+        seconds = calibration.seconds(measured.rates.seconds(workload.work(workload.tokens(settings.training.epochs))))
         memory = calibration.memory(workload.memory(measured.baseline_bytes))
         cores = seconds.times(usable_cores() / 3600)
         gpus = seconds.times(float(gpu) / 3600)
@@ -205,7 +205,7 @@ def _plan(
         counted_rows=own.counted_rows,
         tokens_per_epoch=own.tokens_per_epoch,
         epochs=settings.training.epochs,
-        tokens=own.tokens_per_epoch * settings.training.epochs,
+        tokens=own.tokens(settings.training.epochs),
         steps=own.steps,
         max_tokens=settings.base.max_tokens,
         truncated_share=own.truncated_share,

@@ -27,10 +27,10 @@ from transformers import AutoConfig
 
 from bento.conversation import Field
 from bento.devices import pick_device, pick_dtype
-from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts
+from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts, steps_per_epoch
 from ft_assets.training.engine.body import Body
 from ft_assets.training.engine.examples import Example, Tokenised
-from ft_assets.training.engine.learners import AnswerLearner, ClassLearner
+from ft_assets.training.engine.learners import learner_of
 from ft_assets.training.engine.runs import Data, TaskRows, tokenise
 from ft_assets.training.engine.trainer import CACHE_BYTES, Trainer, seeded
 from ft_assets.training.planning.cost_model import Counts
@@ -166,24 +166,35 @@ def workload(
     trained = first.plus(layer, trained_layers - 1)
     lower = layers - trained_layers
     training, validation = _size(data.training, run["rows"]), _size(data.validation, run["validation_rows"])
-    steps = -(-training["kept"] // settings.training.batch_size)
+    batch_size = settings.training.batch_size
+    steps = steps_per_epoch(training["kept"], batch_size)
     by_token = 1 / max(1, _tokens(chosen.validation))
-    typical_tokens = _tokens(chosen.typical) / -(-len(chosen.typical) // settings.training.batch_size)
+    typical_tokens = _tokens(chosen.typical) / steps_per_epoch(len(chosen.typical), batch_size)
     frozen_token = layer.validation.times(lower * by_token)
     epoch = _scaled(trained.step, steps, training["tokens"] / typical_tokens)
     epoch += trained.validation.times(validation["tokens"] * by_token)
+    shorter = settings.training.first_epoch_tokens
+    first_tokens, recomputed = training["tokens"], 0
+    if shorter is not None:
+        cut = _tokens([one.cut_to(shorter) for one in data.training.examples])
+        first_tokens = recomputed = round(first_tokens * cut / max(1, _tokens(data.training.examples)))
+    saved = _scaled(trained.step, 0, (training["tokens"] - first_tokens) / typical_tokens)
     both = training["tokens"] + validation["tokens"]
-    kept = both * int(config.hidden_size) * dtype.itemsize if lower and settings.speed.cache_frozen else 0
+    kept = (
+        (both + recomputed) * int(config.hidden_size) * dtype.itemsize if lower and settings.speed.cache_frozen else 0
+    )
     once = Counts()
     if kept and kept <= CACHE_BYTES:
-        once = frozen_token.times(both)
+        once = frozen_token.times(both + recomputed)
     else:
         kept, epoch = 0, epoch + frozen_token.times(both)
+        saved += frozen_token.times(training["tokens"] - first_tokens)
     found = {
         "rows": training["kept"],
         "counted_rows": len(data.training.examples) + data.training.dropped,
         "validation_rows": validation["kept"],
         "tokens_per_epoch": training["tokens"],
+        "first_epoch_tokens": first_tokens,
         "truncated_share": data.training.cut / max(1, len(data.training.examples) + data.training.dropped),
         "dropped": training["dropped"],
         "longest": data.training.longest,
@@ -195,6 +206,7 @@ def workload(
         "file_bytes": sum(file.stat().st_size for file in base.path.glob("*.safetensors")),
         "created_bytes": trained.created_bytes + kept,
         "once": asdict(once),
+        "first_epoch": asdict(epoch + saved.times(-1)),
         "epoch": asdict(epoch),
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
     }
@@ -277,11 +289,9 @@ def _measured(
         }
     )
     seeded(settings.training.seed, device)
-    classes = rows.kind == "text-classification"
-    body = Body(base, settings, device, dtype, causal=not classes)
+    body = Body(base, settings, device, dtype, causal=rows.kind != "text-classification")
     weight_bytes = sum(map(_bytes, body.network.parameters()))
-    targets = [one.target for one in batches.typical]
-    learner = ClassLearner(body, settings, len(rows.labels), targets) if classes else AnswerLearner(body, settings)
+    learner = learner_of(rows.kind, body, settings, rows.labels, batches.typical)
 
     def train(examples: list[Example], **changed: int) -> list[float]:
         """Moments at which the steps ended, in seconds."""
@@ -295,7 +305,7 @@ def _measured(
         with torch.no_grad(), body.states(batches.validation) as states:
             learner.output(states, batches.validation)
 
-    steps = -(-len(batches.typical) // settings.training.batch_size)
+    steps = steps_per_epoch(len(batches.typical), settings.training.batch_size)
     step = _counted(lambda: train(batches.typical)).counts.times(1 / steps)
     # in the second step there are the optimiser's moments and the best weights so far
     largest = _counted(lambda: train(batches.largest, batch_size=len(batches.largest), epochs=2))

@@ -51,6 +51,8 @@ class Workload:
     """Rows that were tokenised; fewer than there are: the other figures are scaled up."""
     validation_rows: int
     tokens_per_epoch: int
+    first_epoch_tokens: int
+    """Fewer where `training.first_epoch_tokens` cuts rows."""
     truncated_share: float
     """Of the rows: longer than `base.max_tokens`."""
     dropped: int
@@ -69,17 +71,24 @@ class Workload:
     """Most bytes of activations, gradients, moments and copies of trained weights at one time."""
     once: Counts
     """Done once, before the first epoch."""
+    first_epoch: Counts
     epoch: Counts
-    """Done in each epoch, validation included."""
+    """Done in each later epoch, validation included."""
     precision: str
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Workload":
         """From what `plan_worker` writes."""
-        return cls(**{**values, "once": Counts(**values["once"]), "epoch": Counts(**values["epoch"])})
+        return cls(**{**values, **{name: Counts(**values[name]) for name in ("once", "first_epoch", "epoch")}})
 
-    def work(self, epochs: float) -> Counts:
-        return self.once + self.epoch.times(epochs)
+    def tokens(self, epochs: int) -> int:
+        """Of all epochs."""
+        return self.first_epoch_tokens + self.tokens_per_epoch * (epochs - 1)
+
+    def work(self, tokens: float) -> Counts:
+        """What is done until `tokens` tokens were trained on: all of them, or fewer where training stopped early."""
+        later = (tokens - self.first_epoch_tokens) / max(1, self.tokens_per_epoch)
+        return self.once + self.first_epoch + self.epoch.times(later)
 
     def memory(self, baseline: float) -> float:
         """Peak in a process that has `baseline` bytes before it loads the model; 0: of a GPU, which maps no files."""
@@ -237,7 +246,7 @@ class Recorded:
 
     def observation(self, workload: Workload, measured: Measured) -> Observation:
         """It beside what is computed for it."""
-        counts = workload.work(self.tokens / max(1, workload.tokens_per_epoch))
+        counts = workload.work(self.tokens)
         return Observation(
             self.same_base,
             measured.rates.seconds(counts),

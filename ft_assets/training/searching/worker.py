@@ -19,11 +19,10 @@ import torch
 
 from bento.devices import pick_device
 from ft_assets.tasks import SearchSpec
-from ft_assets.training import jobs
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.runs import (
     Data,
-    exactness,
+    described,
     fit,
     memory_of,
     publish_trace,
@@ -292,14 +291,7 @@ class Workshop:
                         resolve(settings.base.model),
                         settings,
                         folder,
-                        describe={
-                            "task": made["task"],
-                            "template": resolved.template,
-                            "origins": jobs.unnumbered(resolved.origins),
-                            "preparation": made["preparation"],
-                            "exactness": exactness(self._environment.device),
-                            **({"parent": parent.digest} if parent else {}),
-                        },
+                        describe=described(made, resolved.template, resolved.origins, self._environment),
                         device=self._environment.device,
                         memory=memory_of(self._environment),
                         kept=self._lower(made, share),
