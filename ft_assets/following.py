@@ -18,6 +18,8 @@ HEADLINES = (
     "validation_accuracy",
     "accuracy",
     "macro_f1",
+    "token_f1",
+    "field_accuracy",
     "champion",
     "version",
     "bento",

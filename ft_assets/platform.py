@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_assets import lineage
-from ft_assets.evaluation.report import EvalReport
-from ft_assets.evaluation.stored import read_report
+from ft_assets.evaluation.servable import unserved
+from ft_assets.evaluation.stored import Report, read_report
 from ft_assets.release import promotion
 from ft_assets.submitting import Submission, Submissions
 from ft_assets.tasks import FilesSource, Task, TaskFolders
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from bento.request_log import Prediction
     from bento.scorer import Scorer
+    from ft_assets.file_scoring import Scored as ScoredFile
     from ft_assets.following import Line
     from ft_assets.training.forms import Level
     from ft_assets.training.planning.plan import Plan
@@ -90,12 +91,13 @@ class Outcome:
     """What the failed step said; empty without one."""
     results: Path | None = None
     """Folder that describes a training that failed: failure.json, logs, curve of resources."""
+    unserved: str = ""
+    """Why the run was to end with what was trained, without evaluation and release; empty where it was not."""
 
 
-def _can_be_served(task: Task) -> bool:
+def _unserved(task: Task) -> str:
     settings = recipes.resolve(task).settings
-    plain = settings.method == "lora" and not settings.lora.use_dora
-    return plain and task.spec.type == "text-classification"
+    return unserved(settings.method, dora=settings.lora.use_dora)
 
 
 class Platform:
@@ -222,8 +224,8 @@ class Platform:
     ) -> Outcome:
         """Run the graph of one task, from its raw rows to a live release.
 
-        What the service cannot serve yet is trained: the run of a task that generates text, asks for full fine-tuning
-        or for DoRA ends with what was trained.
+        What the service cannot serve is trained: the run of a task that asks for full fine-tuning or for DoRA ends with
+        what was trained, and `Outcome.unserved` says why.
 
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.
@@ -236,7 +238,8 @@ class Platform:
         """
         found = self.tasks.get(task)
         name = found.name
-        if not only and not _can_be_served(found):
+        why = "" if only else _unserved(found)
+        if why:
             only = TRAINING_ASSETS
         known = _release_assets() if only else []
         unknown = [asset for asset in only if asset not in known]
@@ -248,7 +251,9 @@ class Platform:
                 mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
             )
         self.instance.add_dynamic_partitions("task", [name])
-        return self._execute("train_and_release", name, only, {"ft/because": because}, show, run_id)
+        return replace(
+            self._execute("train_and_release", name, only, {"ft/because": because}, show, run_id), unserved=why
+        )
 
     def submit(self, task: str, *, only: Sequence[str] = (), because: str = "submitted through the Python API") -> str:
         """Start a run like `materialise` in a process that outlives this one, and return its id at once.
@@ -406,7 +411,7 @@ class Platform:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def report(self, task: str) -> EvalReport:
+    def report(self, task: str) -> Report:
         """The newest evaluation report of a task."""
         return read_report(self.lake, self.tasks.get(task).name)[1]
 
@@ -489,6 +494,39 @@ class Platform:
             RequestError: Nothing is live, or the request is not valid.
         """
         return self._scorer.predict(task, inputs, model_version=model_version, user=user, event_time=event_time)
+
+    def predict_file(
+        self,
+        task: str,
+        file: str | Path,
+        out: str | Path | None = None,
+        *,
+        column: str = "text",
+        model_version: str | None = None,
+        show: Callable[[int, int], None] = lambda done, failed: None,
+    ) -> "ScoredFile":
+        """Answers of the live release beside every row of a CSV, JSONL or Parquet file; see `file_scoring.score_file`.
+
+        Args:
+            out: Default: beside `file`.
+            column: Holds the input.
+            show: Told how many rows are done and how many of them failed.
+
+        Raises:
+            SourceError: The file is missing or lacks the column.
+            RequestError: Nothing is live, or the log cannot be written; a repeated call goes on where this one ended.
+        """
+        from ft_assets.file_scoring import score_file
+
+        return score_file(
+            self._scorer,
+            task,
+            Path(file),
+            None if out is None else Path(out),
+            column=column,
+            model_version=model_version,
+            show=show,
+        )
 
     def serve(self, port: int | None = None) -> ServerProcess:
         """Start the service on this home in a process of its own; the caller stops it."""

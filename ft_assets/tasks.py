@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from bento import conversation
+from ft_assets.evaluation.policy import OF_TYPES, THRESHOLDS, GatePolicy, Share
 from ft_assets.specs import Misplaced, Strict, YamlFile
 from ft_resources.errors import SpecError
 
@@ -16,8 +17,6 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 Type = Literal["text-classification", "text-generation", "extraction"]
 Format = Literal["auto", "jsonl", "json", "csv", "tab", "parquet"]
 Layout = Literal["pair", "alpaca", "chat"]
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class SourceSpec(Strict):
@@ -218,29 +217,6 @@ SEARCH_PATHS = {"learning_rate": "training.learning_rate", "rank": "lora.rank", 
 """The fields of `SearchSpec` that are short for a path in the recipe."""
 
 
-class GatePolicy(Strict):
-    """What a candidate must show before it may answer traffic."""
-
-    thresholds: dict[Literal["accuracy", "macro_f1", "macro_precision", "macro_recall"], Share] = Field(
-        default={"accuracy": 0.8}, description="Metric to its least value on the test split."
-    )
-    min_test_rows: int = Field(20, ge=2, description="Fewer test rows decide nothing: the gate refuses.")
-    non_inferiority_margin: float = Field(
-        0.02, gt=0, lt=0.5, description="How much accuracy a candidate may lose against the champion, at most."
-    )
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the intervals the gates look at.")
-    slice_margin: float = Field(0.03, gt=0, lt=1, description="Accuracy loss on one slice that counts as regression.")
-    slice_min_rows: int = Field(30, ge=5, description="Smaller slices are shown, not judged.")
-    max_calibration_error: float = Field(0.1, gt=0, le=1, description="Largest expected calibration error.")
-    latency_p95_ms: float = Field(200, gt=0, description="Engine time of one request at the 95th percentile.")
-    min_serving_agreement: float = Field(
-        0.99, gt=0, le=1, description="Least share of rows on which serving engine and plain peft give one label."
-    )
-    forgetting_margin: float = Field(
-        0.02, gt=0, lt=0.5, description="Accuracy a candidate may lose on the rows the champion was tested on."
-    )
-
-
 class RetrainSpec(Strict):
     """When monitoring asks for a new training run."""
 
@@ -260,6 +236,14 @@ class MonitoringSpec(Strict):
     relabel_below: float = Field(0.6, gt=0, lt=1, description="Answers less confident than this want a label.")
     relabel_limit: int = Field(500, ge=1, description="Most rows a day sent to people.")
     retrain: RetrainSpec = Field(default_factory=RetrainSpec)
+
+
+class ServingSpec(Strict):
+    """What the service does with an answer. A release puts it in force; training and evaluation don't depend on it."""
+
+    review_below: Share = Field(
+        0.0, description="text-classification: less confident answers carry the decision `review` instead of `accept`."
+    )
 
 
 TYPE_OF_FIELD = {
@@ -295,6 +279,7 @@ class TaskSpec(Strict):
     split: SplitSpec = Field(default_factory=SplitSpec)
     search: SearchSpec = Field(default_factory=SearchSpec)
     gates: GatePolicy = Field(default_factory=GatePolicy, validate_default=True)
+    serving: ServingSpec = Field(default_factory=ServingSpec)
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
 
     @field_validator("name", "tenant")
@@ -336,6 +321,19 @@ class TaskSpec(Strict):
             raise Misplaced("it is missing: list every label a row may have, at least two", "labels")
         if self.type == "extraction" and not self.fields:
             raise Misplaced("it is missing: name what is read out of a text, at least one field", "fields")
+        if self.type != "text-classification" and "review_below" in self.serving.model_fields_set:
+            raise Misplaced(
+                f"it is for tasks of type text-classification, this one's is {self.type}", "serving", "review_below"
+            )
+        for metric in self.gates.thresholds:
+            if metric not in THRESHOLDS[self.type]:
+                listed = ", ".join(THRESHOLDS[self.type])
+                raise Misplaced(f"a task of type {self.type} has {listed}", "gates", "thresholds", metric)
+        for name, kinds in OF_TYPES.items():
+            if name in self.gates.model_fields_set and self.type not in kinds:
+                raise Misplaced(
+                    f"it is for tasks of type {' or '.join(kinds)}, this one's is {self.type}", "gates", name
+                )
         for at, source in enumerate(self.sources):
             if self.type != "text-generation" and "layout" in source.model_fields_set:
                 raise Misplaced(

@@ -192,3 +192,12 @@ def test_batches_are_seeded_and_of_similar_length() -> None:
     assert padded < 1.1 * sum(lengths)
     firsts = [lengths[batch[0]] for batch in batches]
     assert firsts not in (sorted(firsts), sorted(firsts, reverse=True))
+
+
+def test_a_shorter_first_epoch_is_for_classification_alone(write_task: WriteTask) -> None:
+    task = write_task("  training: {first_epoch_tokens: 32}", recipe="chat-lora@1")
+    text = task.path.read_text().replace("text-classification", "text-generation").replace("labels: [ham, spam]\n", "")
+    task.path.write_text(text)
+    with pytest.raises(SpecError, match="their answers stand at the end") as refused:
+        resolve(Task(task.path), RECIPES)
+    assert f"{task.path}:5" in str(refused.value)

@@ -288,6 +288,36 @@ def test_tasks_of_the_other_types(tmp_path: Path) -> None:
         ),
         (LINES, 4, "recipe: r@1\nsystem: x", 5, ["field 'system'", "type text-generation"]),
         (LINES, 3, "", 1, ["field 'labels'", "at least two"]),
+        (
+            GENERATION,
+            4,
+            "gates: {latency_p95_ms: 9}",
+            4,
+            ["field 'gates.latency_p95_ms'", "for tasks of type text-classification, this one's is text-generation"],
+        ),
+        (
+            GENERATION,
+            4,
+            "gates: {thresholds: {accuracy: 0.5}}",
+            4,
+            ["field 'gates.thresholds.accuracy'", "a task of type text-generation has exact_match, token_f1"],
+        ),
+        (
+            EXTRACTION,
+            4,
+            "gates: {max_loss_increase: 1}",
+            4,
+            ["field 'gates.max_loss_increase'", "type text-generation"],
+        ),
+        (EXTRACTION, 4, "serving: {review_below: 0.5}", 4, ["field 'serving.review_below'", "text-classification"]),
+        (EXTRACTION, 4, "gates: {thresholds: {bleu: 0.5}}", 4, ["field 'gates.thresholds.bleu'", "has field_f1"]),
+        (
+            LINES,
+            21,
+            "    bleu: 0.5",
+            21,
+            ["field 'gates.thresholds.bleu'", "a task of type text-classification has accuracy"],
+        ),
     ],
 )
 def test_what_belongs_to_another_type_is_named_with_its_line(

@@ -4,8 +4,9 @@ from typing import Any
 
 import dagster as dg
 
-from ft_assets.evaluation.report import EvalReport
-from ft_assets.evaluation.stored import parse_report
+from ft_assets.evaluation.generation.report import GenerationReport
+from ft_assets.evaluation.servable import unserved
+from ft_assets.evaluation.stored import Report, parse_report
 from ft_assets.materialising import image, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import confusion, reliability
@@ -16,9 +17,16 @@ from ft_resources.lake import Lake, digest_of, short
 from ft_resources.ledger import Ledger
 
 GROUP = "3_evaluation"
-WORKER = "ft_assets.evaluation.worker"
-EVALUATOR = source_digest("ft_assets/evaluation", "bento/engine.py", "bento/multi_lora.py", "bento/classify.py")
-"""Digest of the code that scores and reports: other code makes another report."""
+LABELS = (
+    "ft_assets.evaluation.worker",
+    source_digest("ft_assets/evaluation", "bento/engine.py", "bento/multi_lora.py", "bento/classify.py"),
+)
+TEXTS = (
+    "ft_assets.evaluation.generation.worker",
+    source_digest("ft_assets/evaluation", "bento/generation", "bento/texts.py", "bento/conversation.py"),
+)
+"""The evaluation process of labels and of written answers, and the digest of the code that answers, scores and
+reports: other code makes another report."""
 
 
 @dg.asset(
@@ -26,7 +34,7 @@ EVALUATOR = source_digest("ft_assets/evaluation", "bento/engine.py", "bento/mult
     deps=["adapter", "train_split", "validation_split", "test_split"],
     group_name=GROUP,
     kinds={"evaluate"},
-    code_version=EVALUATOR,
+    code_version=digest_of([LABELS, TEXTS]),
     retry_policy=dg.RetryPolicy(max_retries=2, delay=2),
 )
 def eval_report(
@@ -39,28 +47,30 @@ def eval_report(
     """Per-row answers and metrics with intervals of candidate, champion and baselines; slices, calibration, latency."""
     with typed_failures():
         task = task_named(environment, context.partition_key)
-        if task.spec.type != "text-classification":
-            raise EvaluationError(
-                f"adapters of type {task.spec.type} cannot be evaluated yet",
-                where=f"task {task.name}",
-                mend="Materialise up to the asset 'adapter'; plain peft loads what it makes.",
-            )
         inputs = {
             name: lake.require(task.name, name).digest
             for name in ("adapter", "train_split", "validation_split", "test_split")
         }
+        about = lake.open(inputs["adapter"]).json("adapter.json")
+        if why := unserved(about["method"], dora=about["settings"]["lora"]["use_dora"]):
+            raise EvaluationError(
+                f"what was trained cannot be served, so it is not evaluated: {why}",
+                where=f"task {task.name}",
+                mend="Use it as it is: plain peft, or plain transformers, loads it. Or train plain LoRA.",
+            )
         policy = task.spec.gates.model_dump(mode="json")
+        worker, evaluator = LABELS if task.spec.type == "text-classification" else TEXTS
         made_from = {
             **inputs,
             **_champion(lake, ledger, task.name, inputs["adapter"]),
-            "evaluator": EVALUATOR,
+            "evaluator": evaluator,
             "device": environment.device,
             "policy": digest_of(policy),
         }
         artefact = lake.find("eval_report", made_from)
         if artefact is None:
             job = {**made_from, "task": task.name, "lake": environment.lake, "policy": policy, "made_from": made_from}
-            artefact = lake.open(compute.run(context, WORKER, job)["report"])
+            artefact = lake.open(compute.run(context, worker, job)["report"])
         else:
             context.log.info(f"report {short(artefact.digest)} is reused: the same adapters and rows made it before")
         lake.set_head(task.name, "eval_report", artefact.digest, context.run.run_id)
@@ -80,7 +90,7 @@ def _champion(lake: Lake, ledger: Ledger, task: str, candidate: str) -> dict[str
     return {"champion": live["adapter"], "champion_test_split": decided_on["test_split"]}
 
 
-def _metadata(report: EvalReport, page: str) -> dict[str, Any]:
+def _metadata(report: Report, page: str) -> dict[str, Any]:
     compared = [
         {
             "model": model,
@@ -88,15 +98,27 @@ def _metadata(report: EvalReport, page: str) -> dict[str, Any]:
         }
         for model, metrics in report.models.items()
     ]
-    return {
+    shared = {
         "rows": report.rows,
         "candidate": short(report.adapter),
         "champion": short(report.champion) if report.champion else "none yet",
+        "metrics": table(compared),
+        "report": dg.MetadataValue.path(page),
+    }
+    if isinstance(report, GenerationReport):
+        return {
+            **shared,
+            report.score: report.models["candidate"][report.score].value,
+            "loss": report.models["candidate"]["loss"].value,
+            "fields": table([{"field": name, **each.model_dump()} for name, each in report.per_field.items()]),
+            "first_token_p95_ms": report.latency.first_token_p95_ms,
+            "tokens_per_second": report.latency.tokens_per_second,
+        }
+    return {
+        **shared,
         "accuracy": report.models["candidate"]["accuracy"].value,
         "macro_f1": report.models["candidate"]["macro_f1"].value,
-        "metrics": table(compared),
         "confusion": image(confusion(report.confusion, report.labels), "confusion"),
         "reliability": image(reliability(report.calibration.bins), "reliability"),
         "latency_p95_ms": report.latency.p95_ms,
-        "report": dg.MetadataValue.path(page),
     }

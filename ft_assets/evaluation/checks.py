@@ -21,5 +21,9 @@ def gates(
     _, report = read_report(lake, task.name)
     for name, gate in decide(report, task.spec.gates).gates.items():
         yield check(
-            name, "eval_report", gate.passed, explained(name, gate), {k: str(v) for k, v in gate.evidence.items()}
+            name,
+            "eval_report",
+            gate.passed,
+            explained(name, gate),
+            {"applies": gate.applies, **{k: str(v) for k, v in gate.evidence.items()}},
         )

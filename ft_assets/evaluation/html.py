@@ -2,16 +2,21 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ft_assets.evaluation.gate import Decision
+from ft_assets.evaluation.decision import Decision
 from ft_assets.evaluation.report import EvalReport
+from ft_assets.evaluation.statistics import Interval
 
+if TYPE_CHECKING:
+    import jinja2
+
+Models = Mapping[str, Mapping[str, Interval]]
 MOST_HEAT_LABELS = 12
 MOST_ROWS = 20
 MOST_CHARS = 400
@@ -36,11 +41,7 @@ def render(
         predictions: As `report.build_report` takes them; the texts of mistakes and changed answers are shown.
         history: Earlier adapters, oldest first; fewer than two are not drawn.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["figure"] = _figure
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    template = page("page.html")
     wrong = predictions[predictions["candidate_label"] != predictions["label"]]
     changed = predictions.iloc[:0]
     if report.champion is not None:
@@ -50,8 +51,8 @@ def render(
         decision=decision,
         models=[name for name in ("candidate", "champion", "majority", "linear") if name in report.models],
         metrics=list(dict.fromkeys(metric for figures in report.models.values() for metric in figures)),
-        level=_level(report),
-        gains=_gains(report),
+        level=level(report.models),
+        gains=gains(report.models),
         heat=_heat(report),
         confused=_confused(report),
         dots=_dots(report),
@@ -63,19 +64,36 @@ def render(
     )
 
 
+def page(name: str) -> "jinja2.Template":
+    """A page of this package; every value that it shows is escaped."""
+    import jinja2
+
+    folder = files(__package__)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(lambda wanted: folder.joinpath(wanted).read_text(encoding="utf-8")),
+    )
+    environment.filters["figure"] = _figure
+    return environment.get_template(name)
+
+
 def _figure(value: float, digits: int = 3) -> str:
     return "not measured" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _level(report: EvalReport) -> str:
-    levels = {each.confidence for figures in report.models.values() for each in figures.values()}
+def level(models: Models) -> str:
+    """Confidence of the intervals, for people."""
+    levels = {each.confidence for figures in models.values() for each in figures.values()}
     return " / ".join(f"{100 * level:g} %" for level in sorted(levels))
 
 
-def _gains(report: EvalReport) -> dict[str, float]:
-    ours, theirs = (report.models.get(name, {}) for name in ("candidate", "champion"))
-    gains = {metric: each.value - theirs[metric].value for metric, each in ours.items() if metric in theirs}
-    return {metric: gain for metric, gain in gains.items() if not math.isnan(gain)}
+def gains(models: Models) -> dict[str, float]:
+    """How far the candidate lies above the champion, by metric."""
+    ours, theirs = (models.get(name, {}) for name in ("candidate", "champion"))
+    found = {metric: each.value - theirs[metric].value for metric, each in ours.items() if metric in theirs}
+    return {metric: gain for metric, gain in found.items() if not math.isnan(gain)}
 
 
 def _heat(report: EvalReport) -> list[list[int]] | None:
@@ -150,17 +168,18 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [
         {
             "row_id": row["row_id"],
-            "text": _snippet(row["text"]),
-            "label": _snippet(row["label"]),
+            "text": snippet(row["text"]),
+            "label": snippet(row["label"]),
             "candidate": row["candidate_label"],
             "confidence": float(row["candidate_confidence"]),
             "right": row["candidate_label"] == row["label"],
-            "champion": _snippet(str(row.get("champion_label", ""))),
+            "champion": snippet(str(row.get("champion_label", ""))),
         }
         for row in frame.head(MOST_ROWS).to_dict("records")
     ]
 
 
-def _snippet(text: str) -> str:
+def snippet(text: str) -> str:
+    """The start of `text`, without characters that could reorder or hide what stands around it."""
     cut = text if len(text) <= MOST_CHARS else text[:MOST_CHARS].rstrip() + " …"
     return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", re.sub(r"\s*\n\s*", "\n", cut)).strip()

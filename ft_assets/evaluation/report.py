@@ -74,13 +74,25 @@ class Latency(Part):
     requests: int
 
 
-class Serving(Part):
-    """The serving engine, at the precision it serves with, against plain peft on the same rows."""
+class Agreement(Part):
+    """The serving engine in one precision against plain peft in fp32, on the same rows."""
 
     precision: str
     rows: int
     agreement: float
+    """Share of rows that get the label of plain peft, alone and among neighbours."""
     max_probability_difference: float
+    probability_shift: float = 0.0
+    """What 95 % of the rows stay below: the largest difference of a row's probabilities."""
+    changed_by_neighbours: int = 0
+    """Rows that get one label alone and another one in a batch."""
+
+
+class Serving(Agreement):
+    """The precision that everything in the report was measured in and that is served, and what was tried for it."""
+
+    tried: list[Agreement] = []
+    """Fastest first; the last one was taken."""
 
 
 class EvalReport(Part):

@@ -4,12 +4,16 @@ import math
 
 import pydantic
 
+from ft_assets.evaluation.generation.metrics import figures, row_counts
+from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.report import EvalReport
 from ft_resources.errors import EvaluationError
 from ft_resources.lake import Artefact, Lake, short
 
+Report = EvalReport | GenerationReport
 
-def read_report(lake: Lake, task: str) -> tuple[Artefact, EvalReport]:
+
+def read_report(lake: Lake, task: str) -> tuple[Artefact, Report]:
     """The report that `task`'s eval_report points at, and its artefact.
 
     Raises:
@@ -20,7 +24,7 @@ def read_report(lake: Lake, task: str) -> tuple[Artefact, EvalReport]:
     return artefact, parse_report(artefact)
 
 
-def parse_report(artefact: Artefact) -> EvalReport:
+def parse_report(artefact: Artefact) -> Report:
     """The report inside an `eval_report` artefact; errors as of `read_report`."""
     if artefact.kind != "eval_report":
         raise EvaluationError(
@@ -28,8 +32,10 @@ def parse_report(artefact: Artefact) -> EvalReport:
             where=artefact.uri,
             mend="Materialise eval_report again.",
         )
+    stored = artefact.json("report.json")
+    written = isinstance(stored, dict) and stored.get("type") in ("text-generation", "extraction")
     try:
-        return EvalReport.model_validate(artefact.json("report.json"))
+        return (GenerationReport if written else EvalReport).model_validate(stored)
     except pydantic.ValidationError as error:
         raise EvaluationError(
             f"report {short(artefact.digest)} does not have the agreed form: {error.error_count()} fields are wrong",
@@ -38,25 +44,52 @@ def parse_report(artefact: Artefact) -> EvalReport:
         ) from error
 
 
-def require_recounted(artefact: Artefact, report: EvalReport) -> None:
+def served_precision(report: Report) -> str:
+    """What a release on this report is served in: labels in what they were measured in, texts as the engine picks."""
+    return "auto" if isinstance(report, GenerationReport) else report.serving.precision
+
+
+def require_recounted(artefact: Artefact, report: Report) -> None:
     """The report is about the adapters it was made from, and its figures are those of the answers stored beside it.
 
     Raises:
-        EvaluationError: It names other adapters or another split, or an accuracy is not what its rows give.
+        EvaluationError: It names other adapters or another split, or a figure is not what its rows give.
     """
     made_from = artefact.made_from
     told = {"adapter": report.adapter, "champion": report.champion or "", "test_split": report.test_split}
     wrong = [name for name, digest in told.items() if made_from.get(name) != digest]
-    answers = artefact.parquet("predictions.parquet")
-    for model, metrics in report.models.items():
-        right = float((answers[f"{model}_label"] == answers["label"]).mean()) if len(answers) else float("nan")
-        if not math.isclose(right, metrics["accuracy"].value, abs_tol=1e-9):
-            wrong.append(f"accuracy of {model}")
-    if len(answers) != report.rows:
-        wrong.append("rows")
+    wrong += _written(artefact, report) if isinstance(report, GenerationReport) else _labelled(artefact, report)
     if wrong:
         raise EvaluationError(
             f"report {short(artefact.digest)} does not agree with what it was made from: {', '.join(wrong)}",
             where=artefact.uri,
             mend="Materialise eval_report again.",
         )
+
+
+def _labelled(artefact: Artefact, report: EvalReport) -> list[str]:
+    wrong = []
+    answers = artefact.parquet("predictions.parquet")
+    for model, metrics in report.models.items():
+        right = float((answers[f"{model}_label"] == answers["label"]).mean()) if len(answers) else math.nan
+        if not math.isclose(right, metrics["accuracy"].value, abs_tol=1e-9):
+            wrong.append(f"accuracy of {model}")
+    return wrong + ["rows"] * (len(answers) != report.rows)
+
+
+def _written(artefact: Artefact, report: GenerationReport) -> list[str]:
+    """The answers scored again, every metric of every model."""
+    answers = artefact.parquet("predictions.parquet")
+    if len(answers) != report.rows or answers.empty:
+        return ["rows"]
+    wrong = []
+    for model, told in report.models.items():
+        counts = row_counts(report.type, answers[f"{model}_answer"], answers["label"], report.fields)
+        counts = counts.assign(loss=answers[f"{model}_loss"], tokens=answers[f"{model}_tokens"])
+        again = figures(report.type, counts, confidence=0.95)
+        wrong += [
+            f"{metric} of {model}"
+            for metric, each in again.items()
+            if metric not in told or not math.isclose(each.value, told[metric].value, abs_tol=1e-9)
+        ]
+    return wrong

@@ -17,8 +17,9 @@ from ft_assets.data.assembly import split_rows
 from ft_assets.evaluation.baselines import linear_baseline, majority_baseline
 from ft_assets.evaluation.gate import decide
 from ft_assets.evaluation.html import render
-from ft_assets.evaluation.report import Latency, Serving, build_report
-from ft_assets.tasks import GatePolicy
+from ft_assets.evaluation.policy import GatePolicy
+from ft_assets.evaluation.precision import choose_engine
+from ft_assets.evaluation.report import Latency, build_report
 from ft_assets.worker import Progress, serve
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
@@ -39,8 +40,12 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     labels: list[str] = about["labels"]
     test, training = split_rows(lake, job["test_split"]), split_rows(lake, job["train_split"])
     validation = split_rows(lake, job["validation_split"])
-    progress(f"loading the serving engine for {len(test)} test rows", force=True)
-    engine = Engine(resolve(about["base"]["model"]), device=Environment.read().device)
+    policy = GatePolicy.model_validate(job["policy"])
+    progress("agreement of each serving precision with plain peft in fp32", force=True)
+    parity = validation["text"].tolist()[:PARITY_ROWS]
+    base = resolve(about["base"]["model"])
+    engine, serving = choose_engine(base, candidate, parity, policy, Environment.read().device)
+    progress(f"scoring {len(test)} test rows in {engine.precision}", force=True)
     answers = _score(engine, candidate, test["text"].tolist(), progress, "candidate")
     frame = test.drop(columns="masked", errors="ignore").assign(
         candidate_label=[answer.label for answer in answers],
@@ -59,9 +64,7 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     train_texts, train_labels = training["text"].tolist(), training["label"].tolist()
     frame["majority_label"] = majority_baseline(train_labels, len(frame)).labels
     frame["linear_label"] = linear_baseline(train_texts, train_labels, frame["text"].tolist()).labels
-    progress("latency of single requests, and agreement with plain peft in fp32", force=True)
-    parity = validation["text"].tolist()[:PARITY_ROWS]
-    policy = GatePolicy.model_validate(job["policy"])
+    progress("latency of single requests", force=True)
     report = build_report(
         frame,
         task=job["task"],
@@ -71,7 +74,7 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         labels=labels,
         temperature=about["temperature"],
         latency=_latency(engine, candidate.digest, frame["text"].tolist()),
-        serving=_parity(engine, candidate, about, parity),
+        serving=serving,
         created_from=job["made_from"],
         confidence=policy.confidence,
     )
@@ -111,47 +114,6 @@ def _latency(engine: Engine, digest: str, texts: Sequence[str]) -> Latency:
             tries.append((time.perf_counter() - started) * 1000)
         times.append(min(tries))
     return Latency(p50_ms=float(np.quantile(times, 0.5)), p95_ms=float(np.quantile(times, 0.95)), requests=len(times))
-
-
-def _parity(engine: Engine, adapter: Artefact, about: Mapping[str, Any], texts: Sequence[str]) -> Serving:
-    """The serving engine against `peft.PeftModel` in fp32: the adapter folder as anyone else would load it."""
-    import torch
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
-
-    base = resolve(about["base"]["model"])
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base.path, dtype=torch.float32), adapter.folder).eval()
-    head = load_file(adapter.folder / "head.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    expected = []
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    with torch.inference_mode():
-        for start in range(0, len(order), 16):
-            batch = tokenizer(
-                [texts[i] for i in order[start : start + 16]],
-                truncation=True,
-                max_length=about["max_tokens"],
-                padding=True,
-                return_tensors="pt",
-            )
-            states = model(**batch).last_hidden_state
-            mask = batch["attention_mask"]
-            first, last = torch.zeros(len(mask), dtype=torch.long), mask.sum(1) - 1
-            if about["pooling"] == "mean":
-                pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-            else:
-                pooled = states[torch.arange(len(mask)), first if about["pooling"] == "cls" else last]
-            logits = pooled @ head["weight"].T + head["bias"]
-            expected.append(torch.softmax(logits / about["temperature"], -1).numpy())
-    plain = np.concatenate(expected)
-    served = np.stack([a.probabilities for a in engine.score([(texts[i], adapter.digest) for i in order])])
-    return Serving(
-        precision=str(engine.dtype).removeprefix("torch."),
-        rows=len(texts),
-        agreement=float((plain.argmax(1) == served.argmax(1)).mean()),
-        max_probability_difference=float(np.abs(plain - served).max()),
-    )
 
 
 def _reference(engine: Engine, digest: str, answers: list[Scored], more: Sequence[str], path: Path) -> None:

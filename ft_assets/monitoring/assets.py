@@ -8,12 +8,14 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from ft_assets.evaluation.stored import parse_report
+from ft_assets.evaluation.generation.report import GenerationReport
+from ft_assets.evaluation.stored import Report, parse_report
 from ft_assets.materialising import image, publish, result, table, task_named, typed_failures
 from ft_assets.monitoring import drift as drifting
 from ft_assets.monitoring.plots import confidence_shift, label_shares
 from ft_assets.monitoring.relabel import rank
-from ft_assets.monitoring.traffic import compacted, day_bounds, embeddings
+from ft_assets.monitoring.texts import corrected, text_drift
+from ft_assets.monitoring.traffic import COLUMNS, compacted, day_bounds, embeddings
 from ft_assets.partitions import task_and_day, task_day_partitions
 from ft_assets.plots import drift_over_days
 from ft_resources.environments import Environment
@@ -22,7 +24,8 @@ from ft_resources.lake import Artefact, Lake, short
 from ft_resources.ledger import Ledger
 
 GROUP = "5_monitoring"
-DRIFT_VERSION = "1"
+DRIFT_VERSION = "2"
+TRAFFIC_VERSION = "2"
 
 
 @dg.asset(
@@ -30,7 +33,7 @@ DRIFT_VERSION = "1"
     deps=["release"],
     group_name=GROUP,
     kinds={"parquet"},
-    code_version="1",
+    code_version=TRAFFIC_VERSION,
 )
 def served_traffic(
     context: dg.AssetExecutionContext,
@@ -47,16 +50,23 @@ def served_traffic(
             rows.to_parquet(folder / "traffic.parquet", index=False)
 
         labelled = rows["true_label"].notna()
-        made_from = {"task": task, "day": day, "requests_and_labels": size, "rows": len(rows)}
+        written = rows["output"].notna()
+        made_from = {
+            "task": task,
+            "day": day,
+            "requests_and_labels": size,
+            "rows": len(rows),
+            "version": TRAFFIC_VERSION,
+        }
         artefact = publish(context, lake, (task, f"served_traffic/{day}"), "served_traffic", made_from, write)
         right = (rows["label"] == rows["true_label"])[labelled]
         return result(
             artefact,
             {
                 "requests": len(rows),
-                "labelled": int(labelled.sum()),
+                "labelled": int((labelled | rows["true_text"].notna()).sum()),
                 "accuracy_on_labelled": float(right.mean()) if len(right) else "no labels yet",
-                "answers": table(_shares(rows["label"])),
+                "answers": table(_shares(rows["label"].where(~written, rows["finish_reason"]))),
                 "latency_p95_ms": float(rows["latency_ms"].quantile(0.95)) if len(rows) else 0.0,
             },
         )
@@ -104,18 +114,17 @@ def drift_report(
         }
 
         def write(folder: Path) -> None:
-            reference = _reference(report)
-            window = drifting.Window(embeddings(rows), rows["label"].tolist(), rows["confidence"].to_numpy())
+            evaluated = parse_report(report)
+            if isinstance(evaluated, GenerationReport):
+                answers = report.parquet("predictions.parquet")
+                reference, window = text_drift(answers, rows, task.spec.cleaning.pii)
+            else:
+                reference = _reference(report)
+                window = drifting.Window(embeddings(rows), rows["label"].tolist(), rows["confidence"].to_numpy())
             shift = drifting.drift(
                 reference, window, policy.alpha, policy.permutations, seed=0, min_rows=policy.min_rows
             )
-            labelled = rows[rows["true_label"].notna()]
-            accuracy = drifting.accuracy_on_labels(
-                labelled["label"].tolist(),
-                labelled["true_label"].tolist(),
-                parse_report(report).models["candidate"]["accuracy"].value,
-                policy.accuracy_drop,
-            )
+            accuracy = _accuracy(evaluated, rows, policy.accuracy_drop)
             found = {
                 "task": name,
                 "day": day,
@@ -157,14 +166,18 @@ def relabel_queue(
         name, day = task_and_day(context.partition_key)
         policy = task_named(environment, name).spec.monitoring
         traffic = lake.require(name, f"served_traffic/{day}")
-        queue = rank(traffic.parquet("traffic.parquet"), policy.relabel_below, policy.relabel_limit)
+        answers = traffic.parquet("traffic.parquet").reindex(columns=COLUMNS)
+        answers = answers[answers["finish_reason"] != "cancelled"]
+        answers["true_label"] = answers["true_label"].fillna(answers["true_text"])
+        queue = rank(answers, policy.relabel_below, policy.relabel_limit)
 
         def write(folder: Path) -> None:
             queue.drop(columns="embedding").to_parquet(folder / "queue.parquet", index=False)
 
         made_from = {"served_traffic": traffic.digest, "below": policy.relabel_below, "limit": policy.relabel_limit}
         artefact = publish(context, lake, (name, f"relabel_queue/{day}"), "relabel_queue", made_from, write)
-        first = queue.head(10)[["prediction_id", "label", "confidence"]].to_dict("records")
+        shown = queue.assign(answer=queue["output"].fillna(queue["label"]).str.slice(0, 80))
+        first = shown.head(10)[["prediction_id", "answer", "confidence"]].to_dict("records")
         return result(artefact, {"rows": len(queue), "most_uncertain": table(first)})
 
 
@@ -201,6 +214,18 @@ def _reference(report: Artefact) -> drifting.Reference:
         return drifting.Reference(
             stored["embeddings"].astype(np.float32), [str(one) for one in stored["labels"]], stored["confidence"]
         )
+
+
+def _accuracy(evaluated: Report, rows: pd.DataFrame, drop: float) -> drifting.AccuracyResult:
+    if isinstance(evaluated, GenerationReport):
+        return corrected(rows, evaluated.models["candidate"][evaluated.score].value)
+    labelled = rows[rows["true_label"].notna()]
+    return drifting.accuracy_on_labels(
+        labelled["label"].tolist(),
+        labelled["true_label"].tolist(),
+        evaluated.models["candidate"]["accuracy"].value,
+        drop,
+    )
 
 
 def _history(lake: Lake, task: str, last: str, alpha: float) -> bytes:

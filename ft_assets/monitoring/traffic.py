@@ -20,6 +20,9 @@ COLUMNS = [
     "trace_id",
     "true_label",
     "rating",
+    "output",
+    "finish_reason",
+    "true_text",
 ]
 
 
@@ -32,7 +35,8 @@ def day_bounds(day: str) -> tuple[datetime, datetime]:
 def compacted(predictions: pd.DataFrame) -> pd.DataFrame:
     """The columns that monitoring reads, in the order of event time; one row per answered request."""
     frame = predictions.rename(columns={"id": "prediction_id"})[COLUMNS].copy()
-    frame["true_label"] = frame["true_label"].astype(object).where(frame["true_label"].notna(), None)
+    for name in ("true_label", "true_text", "output", "finish_reason"):
+        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
     frame["rating"] = frame["rating"].astype("float64")
     return frame.reset_index(drop=True)
 

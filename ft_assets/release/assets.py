@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
-import pandas as pd
 
 from ft_assets.data.assembly import split_rows
-from ft_assets.evaluation.stored import read_report
+from ft_assets.evaluation.stored import parse_report, read_report, served_precision
 from ft_assets.materialising import publish, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
-from ft_assets.release import promotion
+from ft_assets.release import golden, promotion
 from ft_assets.release.model_card import as_markdown, model_card
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import Environment
@@ -24,9 +22,6 @@ from ft_resources.serving import BentoStore
 from ft_resources.tracking import ModelRegistry
 
 GROUP = "4_release"
-GOLDEN_PER_LABEL = 5
-FIRM = 0.6
-"""Answers below this confidence may differ by rounding between two batches; they are not asked."""
 
 
 @dg.asset(partitions_def=task_partitions, deps=["eval_report"], group_name=GROUP, kinds={"mlflow"}, code_version="1")
@@ -111,33 +106,20 @@ def bento_service(
                 "model_version": about["version"],
                 "adapter": adapter.digest,
                 "base": reference,
+                "precision": served_precision(parse_report(report)),
             }
             context.log.info("building the Bento")
             tag = bentos.build(task.name, adapter.folder, resolve_base(reference), release)
-            golden = _golden(report.parquet("predictions.parquet"))
-            context.log.info(f"starting {tag} and asking {len(golden)} golden requests")
+            context.log.info(f"starting {tag} and asking golden requests")
             with bentos.serving(tag, home=folder / "probe-home") as server:
-                results = [
-                    server.ask("/predict", {"task": task.name, "inputs": [text]})["results"][0]
-                    for text in golden["text"]
-                ]
-            answered = [
-                {
-                    "row_id": row.row_id,
-                    "expected": row.candidate_label,
-                    "answered": got["label"],
-                    "expected_confidence": row.candidate_confidence,
-                    "confidence": got["confidence"],
-                }
-                for row, got in zip(golden.itertuples(), results, strict=True)
-            ]
+                answered = golden.ask(server, task.name, report)
             shutil.rmtree(folder / "probe-home")
             service = {
                 **{key: made_from[key] for key in ("adapter", "eval_report", "model_version")},
                 "task": task.name,
                 "tag": tag,
                 "golden": answered,
-                "answers_match": all(_same(one) for one in answered),
+                "answers_match": bool(answered) and not golden.wrong(answered),
             }
             (folder / "service.json").write_text(json.dumps(service, indent=1))
 
@@ -147,7 +129,7 @@ def bento_service(
             made_from = made_from | {"rebuilt_in": context.run.run_id} if gone else dict(found.made_from)
         artefact = publish(context, lake, (task.name, "bento_service"), "bento_service", made_from, write)
         service = artefact.json("service.json")
-        folder = bentos.home / "bentos" / service["tag"].replace(":", "/")
+        folder, size = bentos.folder(service["tag"]), bentos.image_bytes(service["tag"])
         return result(
             artefact,
             {
@@ -156,6 +138,7 @@ def bento_service(
                 "golden_requests": table(service["golden"]),
                 "bento_folder": dg.MetadataValue.path(str(folder)),
                 "dockerfile": dg.MetadataValue.path(str(folder / "env" / "docker" / "Dockerfile")),
+                "image_mb": {name: round(number / 1e6) for name, number in size.items()},
                 "serve": f"BENTOML_HOME={bentos.home} bentoml serve {service['tag']}",
             },
         )
@@ -212,16 +195,3 @@ def _standing(lake: Lake, bentos: BentoStore, task: str, made_from: Mapping[str,
     if head is None or {name: head.made_from.get(name) for name in made_from} != made_from:
         return None
     return head if bentos.has(head.json("service.json")["tag"]) else None
-
-
-def _golden(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Test rows of every answered label, from the surest to the least sure answer that rounding cannot flip."""
-    firm = predictions[predictions["candidate_confidence"] > FIRM]
-    ordered = (firm if len(firm) else predictions).sort_values(["candidate_confidence", "row_id"])
-    groups = [group for _, group in ordered.groupby("candidate_label", sort=True)]
-    places = [np.linspace(0, len(group) - 1, min(GOLDEN_PER_LABEL, len(group))).astype(int) for group in groups]
-    return pd.concat([group.iloc[at] for group, at in zip(groups, places, strict=True)])
-
-
-def _same(one: dict[str, Any]) -> bool:
-    return one["expected"] == one["answered"] and abs(one["expected_confidence"] - one["confidence"]) < 0.02

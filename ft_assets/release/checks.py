@@ -4,6 +4,7 @@ import dagster as dg
 
 from ft_assets.materialising import table, task_named
 from ft_assets.partitions import task_partitions
+from ft_assets.release import golden
 from ft_assets.release.model_card import missing
 from ft_resources.environments import Environment
 from ft_resources.lake import Lake
@@ -35,10 +36,10 @@ def card_complete(
 def answers_golden_requests(
     context: dg.AssetCheckExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
 ) -> dg.AssetCheckResult:
-    """The started Bento gave the labels that were evaluated, with the same confidence to .02."""
+    """The started Bento gave the labels or texts that were evaluated, with the same confidence to .02."""
     task = task_named(environment, context.partition_key)
     service = lake.require(task.name, "bento_service").json("service.json")
-    wrong = [one for one in service["golden"] if one["expected"] != one["answered"]]
+    wrong = golden.wrong(service["golden"])
     return dg.AssetCheckResult(
         passed=service["answers_match"] and bool(service["golden"]),
         description=f"{len(service['golden']) - len(wrong)} of {len(service['golden'])} golden requests "

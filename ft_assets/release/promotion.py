@@ -5,8 +5,10 @@ from typing import Any
 
 from ft_assets.data.assembly import split_rows
 from ft_assets.data.verdicts import of_clean, of_raw, of_splits
-from ft_assets.evaluation.gate import Decision, decide, explained
-from ft_assets.evaluation.stored import read_report, require_recounted
+from ft_assets.evaluation.decision import Decision
+from ft_assets.evaluation.gate import decide, explained
+from ft_assets.evaluation.generation.report import GenerationReport
+from ft_assets.evaluation.stored import read_report, require_recounted, served_precision
 from ft_assets.tasks import TaskSpec
 from ft_assets.training.verdicts import of_adapter
 from ft_resources.errors import GateRefusal
@@ -23,6 +25,8 @@ class Candidate:
     report: str
     model_version: str
     bento: str
+    precision: str
+    """What it was evaluated in and is served in."""
     decision: Decision
     refusals: dict[str, str]
     """What speaks against it, demand -> reason: gates of the report, and checks of the rows and the adapter."""
@@ -56,8 +60,12 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
             )
     if not version["report"] == service["eval_report"] == report_artefact.digest:
         raise _unfit(name, "model_version or bento_service was made on another report")
-    if report.test_split != lake.require(name, "test_split").digest or report.labels != task.labels:
-        raise _unfit(name, "the report is stale: test rows or labels of the task have changed since")
+    if isinstance(report, GenerationReport):
+        same = list(report.fields.items()) == list(task.fields.items())
+    else:
+        same = report.labels == task.labels
+    if report.test_split != lake.require(name, "test_split").digest or not same:
+        raise _unfit(name, "the report is stale: test rows, labels or fields of the task have changed since")
     if live is not None and live["adapter"] not in (report.champion, adapter.digest):
         against = short(report.champion) if report.champion else "no champion"
         raise _unfit(name, f"the report is stale: it compares with {against}, but {short(live['adapter'])} is live")
@@ -72,6 +80,7 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
         report=report_artefact.digest,
         model_version=version["version"],
         bento=service["tag"],
+        precision=served_precision(report),
         decision=decision,
         refusals=gates | _upstream(lake, adapter, report.test_split, task),
     )
@@ -108,7 +117,8 @@ def release(
     """Make the candidate live, or refuse.
 
     Returns:
-        The release in force afterwards, and the candidate. A candidate that is live already makes no new release.
+        The release in force afterwards, and the candidate. A candidate that is live already makes no new release; what
+        the task says of `serving` is put in force.
 
     Raises:
         GateRefusal: As `examine`; or something speaks against the candidate, or it was rolled back, and no person
@@ -118,6 +128,7 @@ def release(
     name = task.full_name
     live = ledger.live_release(name)
     if live is not None and live["adapter"] == candidate.adapter:
+        ledger.set_review_below(name, task.serving.review_below, actor=actor)
         return live, candidate
     refusals = dict(candidate.refusals)
     rolled_back = _rolled_back(ledger.releases(name)).get(candidate.adapter)
@@ -143,8 +154,10 @@ def release(
         bento=candidate.bento,
         actor=approval["actor"] if approval else actor,
         because=approval["because"] if approval else because,
-        decision=candidate.decision.model_dump(mode="json") | {"refusals": refusals},
+        decision=candidate.decision.model_dump(mode="json") | {"refusals": refusals, "precision": candidate.precision},
+        precision=candidate.precision,
         expected_live=live["id"] if live else None,
+        review_below=task.serving.review_below,
     )
     return recorded, candidate
 
@@ -185,6 +198,7 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
         )
     target = wanted[0]
     adapter = lake.open(target["adapter"])
+    precision = target["decision"].get("precision", "auto")
     return ledger.record_release(
         task=task,
         kind="rollback",
@@ -194,7 +208,8 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
         bento=target["bento"],
         actor=actor,
         because=because,
-        decision={"rolled_back_from": live["id"], "to": target["id"]},
+        decision={"rolled_back_from": live["id"], "to": target["id"], "precision": precision},
+        precision=precision,
         base=adapter.json("adapter.json")["base"]["model"],
         expected_live=live["id"],
     )

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_assets.evaluation.gate import GATES, Decision, decide
+from ft_assets.evaluation.decision import Decision
+from ft_assets.evaluation.gate import GATES, decide
+from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.report import EvalReport
 from ft_assets.evaluation.statistics import Interval
-from ft_assets.tasks import GatePolicy
 from ft_resources.errors import EvaluationError
 
 POLICY = GatePolicy()

@@ -5,8 +5,8 @@ import pytest
 
 from ft_assets.evaluation.gate import decide
 from ft_assets.evaluation.html import Earlier, render
+from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.statistics import Interval
-from ft_assets.tasks import GatePolicy
 
 HOSTILE = (
     '<script>alert("x")</script><img src=http://evil.example/p.png onerror=alert(1)>{{ 7*7 }}\u202egnp.exe\x00\ud800'

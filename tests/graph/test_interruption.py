@@ -44,7 +44,12 @@ def steps_told(notes: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "times"), [(signal.SIGKILL, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)]
+    ("number", "times"),
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     number: signal.Signals, times: int, built: Built, tmp_path: Path, training_mails: pd.DataFrame

@@ -1,0 +1,1 @@
+"""Evaluation of tasks that write text: text-generation and extraction."""

@@ -1,0 +1,108 @@
+"""In which precision an adapter is served: the fastest one that gives the answers of plain peft in float32."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bento.devices import pick_device, precisions_of
+from bento.engine import Engine
+from ft_assets.evaluation.policy import GatePolicy
+from ft_assets.evaluation.report import Agreement, Serving
+from ft_resources.base_models import BaseModel
+from ft_resources.lake import Artefact
+
+SHIFT_QUANTILE = 0.95
+BATCH = 16
+
+
+def choose_engine(
+    base: BaseModel, adapter: Artefact, texts: Sequence[str], policy: GatePolicy, device: str
+) -> tuple[Engine, Serving]:
+    """The engine that measures and serves, with the adapter loaded, and how it was found.
+
+    Precisions are tried from the fastest on; the first that keeps the limits of `policy` is taken. Where none does it
+    is the last one tried, and the gate `serves_what_was_evaluated` refuses it.
+
+    Args:
+        texts: Rows the adapter was not trained on.
+
+    Raises:
+        ServiceError: The adapter cannot be served.
+    """
+    plain = plain_probabilities(base, adapter.folder, adapter.json("adapter.json"), texts)
+    tried: list[Agreement] = []
+    engine = None
+    for precision in precisions_of(pick_device(device)):
+        if precision not in policy.precisions:
+            continue
+        engine = Engine(base, precision=precision, device=device)
+        engine.load(adapter.digest, adapter.folder)
+        tried.append(agreement(engine, adapter.digest, texts, plain))
+        if keeps(tried[-1], policy):
+            break
+    if engine is None:  # the policy names only what this machine has not: the gate says so
+        engine = Engine(base, precision="fp32", device=device)
+        engine.load(adapter.digest, adapter.folder)
+        tried.append(agreement(engine, adapter.digest, texts, plain))
+    return engine, Serving(**tried[-1].model_dump(), tried=tried)
+
+
+def keeps(one: Agreement, policy: GatePolicy) -> bool:
+    """Whether a precision answers as the policy asks for; NaN never does."""
+    return one.agreement >= policy.min_serving_agreement and one.probability_shift <= policy.max_probability_shift
+
+
+def agreement(engine: Engine, digest: str, texts: Sequence[str], plain: np.ndarray) -> Agreement:
+    """The engine's answers against `plain`, float32 [texts, labels].
+
+    A row agrees if its label is that of `plain` both alone and among neighbours, so that an answer which depends on
+    what else is in its batch counts as another answer.
+    """
+    together = np.stack([one.probabilities for one in engine.score([(text, digest) for text in texts])])
+    alone = np.stack([engine.score([(text, digest)])[0].probabilities for text in texts])
+    right = plain.argmax(1)
+    differences = np.maximum(np.abs(together - plain).max(1), np.abs(alone - plain).max(1))
+    return Agreement(
+        precision=engine.precision,
+        rows=len(texts),
+        agreement=float(((together.argmax(1) == right) & (alone.argmax(1) == right)).mean()),
+        probability_shift=float(np.quantile(differences, SHIFT_QUANTILE)),
+        max_probability_difference=float(differences.max()),
+        changed_by_neighbours=int((together.argmax(1) != alone.argmax(1)).sum()),
+    )
+
+
+def plain_probabilities(base: BaseModel, adapter: Path, about: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
+    """What `peft.PeftModel` answers in float32, the adapter folder loaded as anyone else would: [texts, labels]."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base.path, dtype=torch.float32), adapter).eval()
+    head = load_file(adapter / "head.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    answers = np.empty((len(texts), len(about["labels"])), np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(order), BATCH):
+            places = order[start : start + BATCH]
+            batch = tokenizer(
+                [texts[place] for place in places],
+                truncation=True,
+                max_length=about["max_tokens"],
+                padding=True,
+                return_tensors="pt",
+            )
+            states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"]
+            first, last = torch.zeros(len(mask), dtype=torch.long), mask.sum(1) - 1
+            if about["pooling"] == "mean":
+                pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            else:
+                pooled = states[torch.arange(len(mask)), first if about["pooling"] == "cls" else last]
+            logits = pooled @ head["weight"].T + head["bias"]
+            answers[places] = torch.softmax(logits / about["temperature"], -1).numpy()
+    return answers
