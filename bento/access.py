@@ -42,6 +42,8 @@ class Access:
 
     doors: Doorkeeper
     ledger: "Ledger"
+    rate: float | None = None
+    """FT_RATE_LIMIT: requests per minute of a key that names no rate."""
 
 
 class TokenResponse(pydantic.BaseModel):
@@ -139,9 +141,14 @@ async def list_keys(request: Request) -> Keys:
 
 
 async def make_key(body: KeyRequest, request: Request) -> NewKey:
-    """Make a key; an owner makes readers of its own tasks."""
+    """Make a key; an owner makes readers of its own tasks. None has a higher rate or lasts longer than its maker.
+
+    It takes a key: who got hold of a token, which ends in half an hour, cannot make something that lasts.
+    """
     permit(request, role="owner", any_task=True)
-    caller: Caller = request.state.caller
+    access, caller = _access(request), request.state.caller
+    if not caller.local:
+        caller = access.doors.key_of(dict(request.scope["headers"]))
     tasks = None if body.tasks is None else frozenset(body.tasks)
     if not _may_keep(caller, body.role, tasks):
         raise RequestError(
@@ -150,11 +157,17 @@ async def make_key(body: KeyRequest, request: Request) -> NewKey:
             status=403,
             mend="Name your tasks, or ask an admin.",
         )
+    rate, expires_at = _limited(body, caller, access.rate)
     try:
         key, shown = api_keys.make(
-            body.name, body.role, tasks=body.tasks, rate=body.rate, expires_at=body.expires_at, created_by=caller.name
+            body.name,
+            body.role,
+            tasks=body.tasks,
+            rate=rate,
+            expires_at=expires_at,
+            created_by=api_keys.made_by(caller.name, caller.key_id),
         )
-        await asyncio.to_thread(_access(request).ledger.add_key, key)
+        await asyncio.to_thread(access.ledger.add_key, key)
     except SpecError as error:
         raise RequestError("invalid_request", error.what, status=422, mend=error.mend) from None
     except SQLAlchemyError as error:
@@ -163,13 +176,13 @@ async def make_key(body: KeyRequest, request: Request) -> NewKey:
 
 
 async def revoke_key(name: str, request: Request) -> KeyInfo:
-    """Revoke a key: within a second or two it opens nothing any more, nor do its tokens."""
+    """Revoke a key and those made with it: within a second or two they open nothing any more, nor do their tokens."""
     permit(request, role="owner", any_task=True)
     caller: Caller = request.state.caller
     ledger = _access(request).ledger
     keys = await asyncio.to_thread(_stored, ledger)
-    key = next((one for one in keys if one.name == name and one.revoked_at is None), None)
-    if key is None or not _may_keep(caller, key.role, key.tasks):
+    named = [one for one in keys if one.name == name and one.revoked_at is None]  # all but the newest have expired
+    if not named or not all(_may_keep(caller, one.role, one.tasks) for one in named):
         raise RequestError("invalid_request", "there is no such key of yours", status=404, mend="See GET /auth/keys.")
     try:
         await asyncio.to_thread(ledger.revoke_key, name, caller.name)
@@ -177,7 +190,7 @@ async def revoke_key(name: str, request: Request) -> KeyInfo:
         raise RequestError("invalid_request", error.what, status=404, mend=error.mend) from None
     except SQLAlchemyError as error:
         raise _unavailable() from error
-    return KeyInfo.of(key).model_copy(update={"revoked_at": datetime.now(UTC)})
+    return KeyInfo.of(named[-1]).model_copy(update={"revoked_at": datetime.now(UTC)})
 
 
 def _may_keep(caller: Caller, role: Role, tasks: frozenset[str] | None) -> bool:
@@ -185,6 +198,35 @@ def _may_keep(caller: Caller, role: Role, tasks: frozenset[str] | None) -> bool:
     if caller.role == "admin":
         return True
     return role == "reader" and (caller.tasks is None or (tasks is not None and tasks <= caller.tasks))
+
+
+def _limited(body: KeyRequest, caller: Caller, default: float | None) -> tuple[float | None, datetime | None]:
+    """Rate and end of the key that `caller` makes: what it asks for, at most its own, which it gets by default.
+
+    Args:
+        default: Rate of a caller whose key names none.
+
+    Raises:
+        RequestError: `forbidden`.
+    """
+    own = caller.rate if caller.rate is not None or caller.role == "admin" else default
+    if own is not None and body.rate is not None and body.rate > own:
+        raise RequestError(
+            "forbidden",
+            f"field 'rate': your own key has {own:g} requests per minute",
+            status=403,
+            mend="Ask for no more than that, or ask an admin.",
+            field="rate",
+        )
+    if caller.expires_at is not None and body.expires_at is not None and body.expires_at > caller.expires_at:
+        raise RequestError(
+            "forbidden",
+            f"field 'expires_at': your own key ends at {caller.expires_at.isoformat()}",
+            status=403,
+            mend="Ask for an end before that, or ask an admin.",
+            field="expires_at",
+        )
+    return body.rate or caller.rate, body.expires_at or caller.expires_at
 
 
 def _stored(ledger: "Ledger") -> list[ApiKey]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bento.adapter_files import Reference, read_reference
-from bento.devices import pick_device, pick_precision
+from bento.devices import pick_device, served_in
 from bento.engine import Engine
 from bento.generation.interface import TextGenerator
-from bento.int8 import int8_gap
+from bento.routing import BakedRelease
 from ft_resources.base_models import BaseModel, resolve
 from ft_resources.environments import ADAPTER_MEMORY_MB
 from ft_resources.errors import ArtefactError, ServiceError
-from ft_resources.lake import Lake
+from ft_resources.lake import Lake, file_hashes
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20
@@ -57,13 +57,28 @@ class LakeAdapters:
 
 
 class BakedAdapter:
-    """One adapter that lies beside the service; every other digest is asked of `following`."""
+    """The adapter that lies beside the service; every other digest is asked of `following`."""
 
-    def __init__(self, digest: str, folder: Path, following: AdapterSource) -> None:
-        self._digest, self._folder, self._following = digest, folder, following
+    def __init__(self, release: BakedRelease, following: AdapterSource) -> None:
+        self._release, self._following = release, following
 
     def folder(self, digest: str) -> Path:
-        return self._folder if digest == self._digest else self._following.folder(digest)
+        """See `AdapterSource`.
+
+        Raises:
+            ServiceError: A file of the adapter is missing or changed, or there is one that was not built in.
+        """
+        if digest != self._release.adapter:
+            return self._following.folder(digest)
+        found, wanted = file_hashes(self._release.folder), self._release.files
+        wrong = sorted({name for name, _ in found.items() ^ wanted.items()})
+        if wrong:
+            raise ServiceError(
+                f"the adapter beside the service is not the one that was built in: {', '.join(wrong[:5])}",
+                where=str(self._release.folder),
+                mend="Build the Bento again.",
+            )
+        return self._release.folder
 
 
 class BasePool:
@@ -94,21 +109,14 @@ class BasePool:
         """The engine that runs adapters of this type on the base model with this digest.
 
         Args:
-            precision: `auto`, `int8`, `bf16` or `fp32`. Where int8 cannot be computed, fp32 takes its place: int8 was
-                released because it gives the answers of fp32.
+            precision: `auto`, `int8`, `bf16` or `fp32`; see `served_in`.
 
         Raises:
             ServiceError: The base model is not on this machine, or it is not the one the adapter was trained on.
             SpecError: The reference names nothing here.
         """
         writes = wanted.type != "text-classification"
-        precision = self._precision if precision == "auto" else precision
-        if not writes:
-            device = pick_device(self._device)
-            gap = int8_gap(device) if precision == "int8" else ""
-            if gap:
-                logger.warning("released in int8, served in fp32: %s", gap)
-            precision = pick_precision("fp32" if gap else precision, device)
+        precision = served_in(self._precision if precision == "auto" else precision, pick_device(self._device))
         key = (wanted.base.digest, writes, precision)
         with self._lock:
             engine = self._engines.get(key)
@@ -116,6 +124,11 @@ class BasePool:
                 make = self._writer if writes else Engine
                 engine = self._engines[key] = make(self._base(wanted), precision, self._threads, self._device)
             return engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether every engine that writes texts still computes."""
+        return all(isinstance(engine, Engine) or engine.alive for engine in list(self._engines.values()))
 
     def close(self) -> None:
         """End the engines that write texts; what they have not answered fails."""
@@ -149,6 +162,7 @@ class BasePool:
 @dataclass(frozen=True)
 class _Place:
     engine: Engine | TextGenerator
+    adapter: Loaded
     nbytes: int
 
 
@@ -188,7 +202,7 @@ class AdapterStore:
             if place is None:
                 return None
             self._places.move_to_end(key)
-            return place.engine, place.engine.adapter(digest)
+            return place.engine, place.adapter
 
     def get(self, digest: str, precision: str = "auto") -> tuple[Any, Any]:
         """The engine and its adapter, loaded if need be; threads that want the same one load it once.
@@ -208,15 +222,19 @@ class AdapterStore:
         with self._lock:
             turn = self._loading.setdefault(key, threading.Lock())
         with turn:
-            there = self.peek(digest, precision)
-            if there is not None:
+            try:
+                there = self.peek(digest, precision)
+                while there is None:
+                    engine, adapter = self._load(digest, precision)
+                    with self._lock:
+                        if _holds(engine, adapter):
+                            self._places[key] = _Place(engine, adapter, adapter.nbytes)
+                            self._make_room()
+                            there = engine, adapter
                 return there
-            engine, adapter = self._load(digest, precision)
-            with self._lock:
-                self._places[key] = _Place(engine, adapter.nbytes)
-                self._loading.pop(key, None)
-                self._make_room()
-            return engine, adapter
+            finally:
+                with self._lock:
+                    self._loading.pop(key, None)
 
     def _make_room(self) -> None:
         taken = sum(place.nbytes for place in self._places.values())
@@ -236,3 +254,11 @@ class AdapterStore:
             ) from error
         engine = self._bases.engine(read_reference(folder), precision)
         return engine, engine.load(digest, folder)
+
+
+def _holds(engine: Engine | TextGenerator, adapter: Loaded) -> bool:
+    """False when `adapter` was unloaded since: it lost the place of another precision, which shares the engine."""
+    try:
+        return engine.adapter(adapter.digest) is adapter
+    except ServiceError:
+        return False

@@ -41,12 +41,12 @@ def create_app() -> FastAPI:
 async def livez(request: Request) -> JSONResponse:
     """Whether the process works; 503 asks for a restart."""
     backend = request.app.state.backend
-    alive = backend is None or backend.watcher.alive
+    alive = backend is None or (all(watcher.alive for watcher in backend.watchers) and backend.scorer.alive)
     return JSONResponse({"alive": alive}, status_code=200 if alive else 503)
 
 
 async def readyz(request: Request) -> JSONResponse:
-    """Whether requests are answered; to callers on this machine also with which routes, and what is amiss."""
+    """Whether requests are answered; to callers that need no key also with which routes, and what is amiss."""
     backend = request.app.state.backend
     routes = None if backend is None else backend.scorer.routes
     ready = routes is not None and routes.ready

@@ -9,8 +9,10 @@ import hmac
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from ft_resources.api_keys import ROLES, ApiKey, Role, has_prefix
 from ft_resources.errors import RequestError
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     from bento.keys import KeyRing
     from bento.tokens import Tokens
 
-FORWARDING = (b"x-forwarded-for", b"x-real-ip", b"forwarded")
-"""Headers that a proxy adds. They are never believed; a request with one is not from this machine."""
+FORWARDING = (b"x-forwarded-", b"x-envoy-", b"x-real-ip", b"forwarded", b"via")
+"""Beginnings of headers that a proxy adds. They are never believed; a request with one is not from this machine."""
+THIS_MACHINE = ("127.0.0.1", "::1")
 MOST_CREDENTIAL = 8192
 
 
@@ -36,6 +39,8 @@ class Caller:
     """Requests per minute; None: what FT_RATE_LIMIT says."""
     key_id: str = ""
     """The key behind it, also of a token; empty for callers of this machine and of another issuer."""
+    expires_at: datetime | None = None
+    """When the key ends; None: never, or not known, as of a token."""
     local: bool = False
     """Let in because it stands on this machine."""
 
@@ -80,7 +85,7 @@ def check(caller: Caller, task: str | None, role: Role, *, any_task: bool = Fals
             "forbidden",
             f"this key is not for {what}",
             status=403,
-            mend=f"Its tasks: {', '.join(sorted(caller.tasks))}.",
+            mend=f"Its tasks: {', '.join(sorted(caller.tasks)) or 'none'}.",
         )
 
 
@@ -128,7 +133,7 @@ class Doorkeeper:
         caller = self._by_credential(shown) if shown else None
         if caller is not None:
             return caller
-        if not self._always and is_local(client, headers) and not _ours(shown):
+        if self.trusts(client, headers) and not _ours(shown):
             return LOCAL
         raise RequestError(
             "unauthorized",
@@ -136,6 +141,10 @@ class Doorkeeper:
             status=401,
             mend="Send 'Authorization: Bearer KEY'; an admin makes keys with 'ft key create'.",
         )
+
+    def trusts(self, client: str | None, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a request is let in without a key, because it comes from this machine."""
+        return not self._always and is_local(client, headers)
 
     def key_of(self, headers: Mapping[bytes, bytes]) -> Caller:
         """The caller by the key it shows; a token won't do.
@@ -146,7 +155,10 @@ class Doorkeeper:
         caller = self._by_key(_bearer(headers))
         if caller is None:
             raise RequestError(
-                "unauthorized", "a token is given for a key only", status=401, mend="Send 'Authorization: Bearer KEY'."
+                "unauthorized",
+                "this takes a key, a token won't do",
+                status=401,
+                mend="Send 'Authorization: Bearer KEY'.",
             )
         return caller
 
@@ -182,36 +194,41 @@ class Doorkeeper:
 
 def caller_of(key: ApiKey) -> Caller:
     """Whom a key stands for."""
-    return Caller(key.name, key.role, key.tasks, key.rate, key.id)
+    return Caller(key.name, key.role, key.tasks, key.rate, key.id, key.expires_at)
 
 
 def is_local(client: str | None, headers: Mapping[bytes, bytes]) -> bool:
-    """Whether the request certainly comes from this machine, and not from a page that a browser loaded elsewhere."""
-    if client is None or any(name in headers for name in FORWARDING):
+    """Whether the request comes from this machine, through no proxy, and not from a page of another site.
+
+    The `Host` must be a name of this machine: a page whose own name was made to point here (DNS rebinding) sends that.
+    A proxy on this machine that adds no header cannot be told from a caller; behind one, FT_AUTH must be `always`.
+    """
+    if client is None or not _is_this_machine(client) or any(name.startswith(FORWARDING) for name in headers):
         return False
     origin = headers.get(b"origin")
     if origin is not None and not _is_loopback(_host(origin.decode("latin-1"))):
         return False
-    return _is_loopback(client)
+    return _is_loopback(_host("//" + headers.get(b"host", b"").decode("latin-1")))
 
 
-@lru_cache(1024)  # the few peers of a service come again with every request
+def _is_this_machine(client: str) -> bool:
+    return client.removeprefix("::ffff:") in THIS_MACHINE  # how a socket for both families writes IPv4 addresses
+
+
+@lru_cache(1024)  # the few names of a service come again with every request
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        address = ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
-def _host(origin: str) -> str:
-    from urllib.parse import urlsplit
-
+@lru_cache(1024)
+def _host(url: str) -> str:
     try:
-        return urlsplit(origin).hostname or ""
+        return urlsplit(url).hostname or ""
     except ValueError:
         return ""
 

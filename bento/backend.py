@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from bento.auth import permit
 from bento.metrics import Subject
 from bento.protocol import ErrorResponse
+from bento.repeating import Repeating
 from bento.routing import RouteEntry
 from ft_resources.errors import RequestError
 
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
     from bento.admitted import Answers, Failed, Measured, Piece
     from bento.batcher import Batcher
     from bento.classify import Scored
+    from bento.embedding import Embedder
     from bento.request_log import Prediction
-    from bento.route_watcher import RouteWatcher
     from bento.scorer import Scorer
+    from bento.texts import Prompted
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,7 +51,9 @@ class Backend:
 
     scorer: "Scorer"
     batcher: "Batcher[Piece, Scored | Failed, Answers | Measured]"
-    watcher: "RouteWatcher"
+    watchers: Sequence[Repeating]
+    """Threads without which the service would follow neither routes nor keys."""
+    embedder: "Embedder"
 
 
 def errors(*without: int) -> dict[int | str, dict[str, Any]]:
@@ -67,6 +72,18 @@ def backend_of(request: Request) -> Backend:
     backend = request.app.state.backend
     if not isinstance(backend, Backend):
         raise RequestError("not_ready", "the service is starting", status=503, mend="Try again in a few seconds.")
+    return backend
+
+
+def backend_for(request: Request, task: str) -> Backend:
+    """`backend_of`, for a caller who may use `task`, which there is.
+
+    Raises:
+        RequestError: `forbidden`; `not_ready`; `unknown_task`, which tells of the caller's tasks only.
+    """
+    permit(request, task)
+    backend = backend_of(request)
+    backend.scorer.table.route(task, request.state.caller.tasks)
     return backend
 
 
@@ -109,13 +126,13 @@ async def disconnect(request: Request) -> None:
         pass
 
 
-def record_cut_off(backend: Backend, predictions: "Sequence[Prediction]") -> None:
-    """Record, in a thread, what was written for a caller who is gone."""
+def record_cut_off(backend: Backend, prompted: "Prompted", predictions: "Sequence[Prediction]") -> None:
+    """Record, in a thread, what was written for a caller who is gone and the content filter lets pass."""
     from bento.admitted import Answers
 
     def record() -> None:
         try:
-            backend.scorer.record([Answers(predictions)])
+            backend.scorer.record([Answers(prompted.checked(predictions))])
         except RequestError as error:
             logger.warning("answers that were cut off are not recorded: %s", error)
 

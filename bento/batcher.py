@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from bento.fair_queue import FairQueue
+from bento.limits import check_tokens
 from bento.phases import Phases
 from ft_resources.errors import RequestError
 
@@ -160,13 +161,7 @@ class Batcher(Generic[Piece, Result, Answer]):
     def _admit(self, task: str, cost: int, seconds: float) -> None:
         if seconds <= 0:
             raise _too_late()
-        if cost > self._most_cost:
-            raise RequestError(
-                "input_too_large",
-                f"the request has {cost:,} tokens",
-                status=413,
-                mend=f"Send at most {self._most_cost:,} tokens.",
-            )
+        check_tokens(cost, self._most_cost)
         if not self._waiting:
             return
         if self._waiting + cost > self._most_waiting:

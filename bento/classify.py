@@ -36,27 +36,51 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield group
 
 
-def classify(
-    pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: tuple[str, ...], temperature: float
-) -> Iterator[Scored]:
-    """Answers of one head to its rows.
+@dataclass(frozen=True)
+class Head:
+    """Which rows a classification head answers."""
+
+    start: int
+    stop: int
+    weight: torch.Tensor
+    """float32 [labels, hidden]"""
+    bias: torch.Tensor
+    """float32 [labels]"""
+    labels: tuple[str, ...]
+    temperature: float
+
+
+def classify(pooled: torch.Tensor, heads: Sequence[Head]) -> list[Scored]:
+    """The answer to each row.
 
     Args:
         pooled: float32 [rows, hidden].
-        weight: float32 [labels, hidden].
-        bias: float32 [labels].
+        heads: In the order of their rows, which are all.
 
     Raises:
         ServiceError: A probability is not finite.
     """
-    logits = torch.nn.functional.linear(pooled, weight, bias)
-    probabilities = torch.softmax(logits / temperature, dim=-1).cpu().numpy()
+    most = max(len(head.labels) for head in heads)
+    logits = torch.full((len(pooled), most), -torch.inf, device=pooled.device)
+    for head in heads:
+        rows = torch.nn.functional.linear(pooled[head.start : head.stop], head.weight, head.bias)
+        logits[head.start : head.stop, : len(head.labels)] = rows / head.temperature
+    probabilities = torch.softmax(logits, dim=-1).cpu().numpy()
     if not np.isfinite(probabilities).all():
         raise ServiceError(
             "the model gives values that are not finite",
             mend="Serve it with precision fp32, or train it with a smaller learning rate.",
         )
     embeddings = pooled.to(torch.float16).cpu().numpy()
-    for row, embedding in zip(probabilities, embeddings, strict=True):
-        best = int(row.argmax())
-        yield Scored(labels[best], float(row[best]), row, labels, embedding)
+    best = probabilities.argmax(1).tolist()
+    return [
+        Scored(
+            head.labels[best[row]],
+            float(probabilities[row, best[row]]),
+            probabilities[row, : len(head.labels)],
+            head.labels,
+            embeddings[row],
+        )
+        for head in heads
+        for row in range(head.start, head.stop)
+    ]

@@ -1,6 +1,7 @@
 """Where an engine computes, and in which precision."""
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ import torch
 from bento.int8 import int8_gap
 from ft_resources.errors import ServiceError
 
+logger = logging.getLogger(__name__)
 Precision = Literal["int8", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Fastest first."""
@@ -51,6 +53,20 @@ def pick_precision(wanted: str, device: torch.device) -> Precision:
     if gap:
         raise ServiceError(f"precision int8 cannot be had: {gap}", where=str(device), mend="Use bf16 or fp32.")
     return wanted
+
+
+def served_in(released: str, device: torch.device) -> Precision:
+    """What a release in `released` is served in on `device`: see `pick_precision`, but fp32 where int8 cannot be had.
+
+    Int8 was released because it gives the answers of fp32.
+
+    Raises:
+        ServiceError: `released` is no precision.
+    """
+    gap = int8_gap(device) if released == "int8" else ""
+    if gap:
+        logger.warning("released in int8, served in fp32: %s", gap)
+    return pick_precision("fp32" if gap else released, device)
 
 
 def precisions_of(device: torch.device) -> tuple[Precision, ...]:

@@ -1,6 +1,6 @@
 """An encoder that turns token ids into one vector per text, with another low-rank update for each segment of texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ class Encoder:
     """A base model in one precision on one device.
 
     Args:
-        precision: `int8`: linear layers in int8, the rest in float32, attention in bf16 where the CPU has it;
-            `bf16`, `fp32`: everything.
+        precision: `int8`: linear layers in int8, attention and updates in bf16 where the CPU has it, the rest in
+            float32; `bf16`, `fp32`: everything.
 
     Raises:
         ServiceError: The base model cannot be loaded.
@@ -42,7 +42,8 @@ class Encoder:
             ) from error
         self._model: Any = model.to(device).eval().requires_grad_(False)
         self.config: Any = model.config
-        self._segments = Segments()
+        self.update_dtype = torch.bfloat16 if precision == "int8" and native_bf16(device) else self.dtype
+        self._segments = Segments(self.update_dtype, device)
         self.layers: dict[str, MultiLora] = wrap_linears(self._model, self._segments)
         if getattr(self._model, "pooler", None) is not None:
             self._model.pooler = None  # not on the way to the hidden states
@@ -57,8 +58,7 @@ class Encoder:
         if precision == "int8":
             for layer in self.layers.values():
                 layer.to_int8()
-            if native_bf16(device):
-                self._attention = torch.bfloat16
+            self._attention = self.update_dtype
 
     @property
     def hidden(self) -> int:
@@ -68,14 +68,15 @@ class Encoder:
     def pooled(
         self,
         texts: Sequence[Sequence[int]],
-        segments: Sequence[tuple[int, int, Mapping[str, Update]]],
+        segments: Sequence[tuple[int, int, Update]],
         poolings: Sequence[str],
     ) -> torch.Tensor:
         """float32 [texts, hidden]: per text the mean over its tokens (`mean`), its first (`cls`) or `last` one.
 
         Args:
             texts: Token ids.
-            segments: (first text, text after the last, module name -> update); texts outside of all get none.
+            segments: (first text, text after the last, update); texts outside of all get none. Neighbours of equal
+                form and like length are computed together.
             poolings: Of each text.
 
         Raises:
@@ -111,24 +112,20 @@ class Encoder:
             total = (padded * there[..., None]).sum(1)
         return total / lengths[:, None]
 
-    def _run(
-        self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Mapping[str, Update]]]
-    ) -> torch.Tensor:
+    def _run(self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Update]]) -> torch.Tensor:
         """Last hidden states, text after text: of every token of a pack, or of every place of a padded batch."""
         lengths = [len(text) for text in texts]
         ends = [0]
         for length in lengths:
             ends.append(ends[-1] + length)
         if self.packed:
-            self._segments.rows = ends[-1]
-            self._segments.parts = [(ends[start], ends[stop], updates) for start, stop, updates in segments]
+            self._segments.set(ends[-1], [(ends[start], ends[stop], update) for start, stop, update in segments])
         else:
-            self._segments.rows = len(texts)
-            self._segments.parts = segments
+            self._segments.set(len(texts), segments)
         try:
             output = self._pack(texts, lengths) if self.packed else self._padded(texts, lengths)
         finally:
-            self._segments.parts, self._segments.quantised = (), None
+            self._segments.clear()
         return output.view(-1, output.shape[-1])
 
     def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ only, up to floating-point rounding.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bento.adapter_files import AdapterFiles, Manifest, read_adapter
-from bento.classify import Scored, classify, passes
+from bento.classify import Head, Scored, classify, passes
 from bento.devices import PASS_TOKENS, pick_device, pick_precision
 from bento.encoder import Encoder
 from bento.multi_lora import Update
@@ -28,7 +28,7 @@ class Adapter:
 
     digest: str
     manifest: Manifest
-    updates: Mapping[str, Update]
+    update: Update
     head_weight: torch.Tensor
     head_bias: torch.Tensor
     tokenizer: Tokenizer
@@ -36,8 +36,7 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Memory of its weights."""
-        updates = [tensor for pair in self.updates.values() for tensor in pair]
-        return sum(tensor.nbytes for tensor in (*updates, self.head_weight, self.head_bias))
+        return self.update.nbytes + self.head_weight.nbytes + self.head_bias.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +99,11 @@ class Engine:
         adapter = Adapter(
             digest=digest,
             manifest=files.manifest,
-            updates={
-                module: (self._place(low.a.t()), self._place(low.b.t() * low.scale))
-                for module, low in files.updates.items()
-            },
+            update=Update(
+                {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()},
+                self._encoder.update_dtype,
+                self.device,
+            ),
             head_weight=files.head_weight.to(self.device),
             head_bias=files.head_bias.to(self.device),
             tokenizer=self._tokenizer_for(files.manifest.max_tokens),
@@ -155,7 +155,7 @@ class Engine:
         answers: dict[int, Scored] = {}
         with self._running, torch.inference_mode():
             for places in passes([len(one.ids) for one in encoded], PASS_TOKENS[self.device.type]):
-                places.sort(key=lambda place: encoded[place].adapter.digest)
+                places = _by_adapter(places, encoded)
                 answers.update(zip(places, self._pass([encoded[place] for place in places]), strict=True))
         return [answers[place] for place in range(len(encoded))]
 
@@ -164,20 +164,21 @@ class Engine:
         segments = list(_runs([one.adapter for one in batch]))
         pooled = self._encoder.pooled(
             [one.ids for one in batch],
-            [(start, stop, adapter.updates) for start, stop, adapter in segments],
+            [(start, stop, adapter.update) for start, stop, adapter in segments],
             [one.adapter.manifest.pooling for one in batch],
         )
-        return [
-            one
-            for start, stop, adapter in segments
-            for one in classify(
-                pooled[start:stop],
+        heads = [
+            Head(
+                start,
+                stop,
                 adapter.head_weight,
                 adapter.head_bias,
                 adapter.manifest.labels,
                 adapter.manifest.temperature,
             )
+            for start, stop, adapter in segments
         ]
+        return classify(pooled, heads)
 
     def _check(self, files: AdapterFiles, folder: Path) -> None:
         mend = "Serve it with the base model it was trained on."
@@ -213,9 +214,6 @@ class Engine:
                     mend=mend,
                 )
 
-    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self.device, dtype=self._encoder.dtype).contiguous()
-
     def _tokenizer_for(self, max_tokens: int) -> Tokenizer:
         with self._loading:
             if max_tokens not in self._tokenizers:
@@ -236,6 +234,20 @@ def _read_tokenizer(base: BaseModel) -> str:
             mend="Save a fast tokenizer there with transformers' save_pretrained.",
         )
     return path.read_text(encoding="utf-8")
+
+
+def _by_adapter(places: Sequence[int], encoded: Sequence[Encoded]) -> list[int]:
+    """Texts of one adapter together, beside adapters of the same form and with about as many tokens."""
+    tokens: dict[str, int] = {}
+    for place in places:
+        digest = encoded[place].adapter.digest
+        tokens[digest] = tokens.get(digest, 0) + len(encoded[place].ids)
+
+    def order(place: int) -> tuple[int, int, str]:
+        adapter = encoded[place].adapter
+        return adapter.update.nbytes, -tokens[adapter.digest], adapter.digest
+
+    return sorted(places, key=order)
 
 
 def _runs(adapters: Sequence[Adapter]) -> Iterator[tuple[int, int, Adapter]]:

@@ -12,7 +12,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bento.auth import Doorkeeper, is_local, permit_path
+from bento.auth import Doorkeeper, permit_path
+from bento.bodies import Body, Room
 from bento.lifecycle import Drain, drop_timers
 from bento.limits import RateLimits
 from bento.observation import MODEL_PATHS, Observer
@@ -26,10 +27,8 @@ TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f
 TRACE_ID = re.compile(rb"[A-Za-z0-9_-]{8,32}")
 TIMEOUT = re.compile(rb"[0-9]{1,9}")
 PROBES = ("/livez", "/healthz", "/readyz")
-MAX_BODY = 32 * 2**20
-DRAINED = 8 * MAX_BODY
-"""Bytes of a too large body that are read and dropped, so that the caller gets to read the refusal."""
-BODY_SECONDS = 60.0
+READ_SECONDS = 30.0
+"""From a request's deadline to the end of an answer that began in time: what the caller has not read then is lost."""
 GONE = 499
 
 
@@ -37,7 +36,7 @@ class Front:
     """ASGI middleware around everything, BentoML's own endpoints included.
 
     Leaves in `scope["state"]`: `trace_id`, `parent` (the caller's span), `arrived` and `deadline` (monotonic
-    seconds), `caller`, `local` (the caller may see details), `phases`. What the handlers leave there is read by
+    seconds), `caller`, `local` (no key is asked for), `phases`. What the handlers leave there is read by
     `observation.Observer`.
 
     Args:
@@ -65,6 +64,7 @@ class Front:
     ) -> None:
         self._app, self._own, self._doors, self._limits = app, own, doors, limits
         self._drain, self._observer, self._seconds = drain, observer, seconds
+        self._room = Room()
         self._entry: ASGIApp = self._serve
         if origins:
             self._entry = CORSMiddleware(
@@ -90,7 +90,11 @@ class Front:
         arrived = time.monotonic()
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state.update(
-            trace_id=trace_id, parent=parent, arrived=arrived, local=is_local(client, headers), phases=Phases()
+            trace_id=trace_id,
+            parent=parent,
+            arrived=arrived,
+            local=self._doors.trusts(client, headers),
+            phases=Phases(),
         )
         status = GONE
 
@@ -108,12 +112,14 @@ class Front:
             await self._probe(scope, receive, traced)
             return
         self._drain.in_flight += 1
+        body = Body(self._room, headers, receive)
         try:
-            await self._admit(scope, receive, traced, client, headers)
+            await self._admit(scope, receive, traced, client, headers, body)
         except RequestError as error:
             state["outcome"] = error.error_code
             await error_response(error, trace_id, scope["path"])(scope, receive, traced)
         finally:
+            body.drop()
             self._drain.in_flight -= 1
             self._observer.done(scope["method"], scope["path"], status, state)
 
@@ -130,6 +136,7 @@ class Front:
         send: Send,
         client: str | None,
         headers: Mapping[bytes, bytes],
+        body: Body,
     ) -> None:
         """Answer a request that is no probe.
 
@@ -138,37 +145,37 @@ class Front:
         """
         state = scope["state"]
         if self._drain.draining:
-            await read_body(headers, receive)  # a connection closed on unread bytes is reset, and the refusal lost
+            await body.read()  # a connection closed on unread bytes is reset, and the refusal lost
             raise RequestError(
                 "not_ready", "the service is shutting down", status=503, mend="Ask another instance.", retry_after=1
             )
         caller = state["caller"] = self._doors.identify(client, headers)
-        state["local"] = state["local"] or caller.role == "admin"
         self._limits.take(caller)
         permit_path(caller, scope["path"])
         seconds = read_timeout(headers, self._seconds)
         state["deadline"] = state["arrived"] + seconds
-        body = await read_body(headers, receive)
-        if body is None:  # the caller went away
+        content = await body.read()
+        if content is None:  # the caller went away
             return
-        started = False
+        started, loop = False, asyncio.get_running_loop()
 
         async def starting(message: Message) -> None:
             nonlocal started
-            if not started:  # an answer that began is not cut off
+            if not started:  # an answer that began ends by itself, unless the caller does not read it
                 started = True
-                limit.reschedule(None)
+                limit.reschedule(loop.time() + state["deadline"] - time.monotonic() + READ_SECONDS)
             await send(message)
 
         try:
             async with asyncio.timeout(state["deadline"] - time.monotonic()) as limit:
                 # BentoML's layers add nothing to what the mounted application answers, and cost 0.1 ms
                 following = self._own if scope["path"] in MODEL_PATHS else self._app
-                await following(scope, replay(body, receive), starting)
+                await following(scope, replay(content, receive), starting)
         except TimeoutError:
-            if started:
-                raise
-            raise deadline_exceeded(seconds) from None
+            if not started:
+                raise deadline_exceeded(seconds) from None
+            state["outcome"] = "deadline_exceeded"  # the server closes the connection of an answer that has no end
+            logger.warning("the caller did not read the answer within %g s", seconds + READ_SECONDS)
 
 
 def read_trace(headers: Mapping[bytes, bytes]) -> tuple[str, Parent | None]:
@@ -205,45 +212,6 @@ def deadline_exceeded(seconds: float) -> RequestError:
         status=504,
         mend="Send fewer inputs, or allow more time with x-timeout-ms.",
     )
-
-
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
-    """The whole body; None when the caller went away before its end.
-
-    Raises:
-        RequestError: `input_too_large`; `invalid_request` when it does not come to an end in time.
-    """
-    length = headers.get(b"content-length", b"0")
-    too_large = length.isdigit() and int(length) > MAX_BODY
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                too_large = too_large or size > MAX_BODY
-                if too_large:
-                    chunks.clear()
-                else:
-                    chunks.append(chunk)
-                if not message.get("more_body", False) or size > DRAINED:
-                    break
-    except TimeoutError:
-        raise RequestError(
-            "invalid_request", f"the body did not arrive within {BODY_SECONDS:g} s", status=408, mend="Send it faster."
-        ) from None
-    if too_large:
-        raise RequestError(
-            "input_too_large",
-            f"the body is larger than {MAX_BODY // 2**20} MiB",
-            status=413,
-            mend="Send fewer or shorter inputs.",
-        )
-    return b"".join(chunks)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -1,15 +1,15 @@
 """The keys of the ledger, as the service knows them: read again every second, so that a revoked key soon opens nothing.
 
+They are read in a thread of their own: routes, which wait for models to load, may be late; a revocation may not.
 Where the ledger cannot be read the keys known so far stay in force, as the routes do; what expires still expires.
 """
 
 import logging
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from bento.repeating import Repeating
 from ft_resources.api_keys import ApiKey, key_id
 from ft_resources.ledger import Ledger
 
@@ -20,24 +20,23 @@ class KeyRing:
     """Keys by id; any number of threads may look them up while one refreshes.
 
     Args:
-        every: Seconds between two readings.
-        clock: Monotonic seconds.
+        every: Seconds between two readings by `watcher`.
+
+    Attributes:
+        watcher: Reads the keys again and again; started and stopped by the service.
     """
 
-    def __init__(self, ledger: Ledger, every: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ledger, self._every, self._clock = ledger, every, clock
+    def __init__(self, ledger: Ledger, every: float = 1.0) -> None:
+        self._ledger = ledger
         self._keys: dict[str, ApiKey] | None = None
-        self._next = clock()
+        self.watcher = Repeating("key-watcher", self.refresh, every)
 
     @property
     def loaded(self) -> bool:
         return self._keys is not None
 
     def refresh(self) -> None:
-        """Read the keys again when it is time to."""
-        if self._clock() < self._next:
-            return
-        self._next = self._clock() + self._every
+        """Read the keys again."""
         try:
             keys = self._ledger.api_keys()
         except SQLAlchemyError as error:

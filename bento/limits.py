@@ -1,4 +1,4 @@
-"""How many requests a caller may send: a token bucket (Turner 1986) per caller."""
+"""How many requests a caller may send: a token bucket (Turner 1986) per caller; and how large each may be."""
 
 import math
 import time
@@ -9,6 +9,18 @@ from bento.auth import Caller
 from ft_resources.errors import RequestError
 
 MOST_BUCKETS = 10_000
+
+
+def check_tokens(tokens: int, most: int) -> None:
+    """Let a request with `tokens` tokens pass, or refuse it.
+
+    Raises:
+        RequestError: `input_too_large`.
+    """
+    if tokens > most:
+        raise RequestError(
+            "input_too_large", f"the request has {tokens:,} tokens", status=413, mend=f"Send at most {most:,} tokens."
+        )
 
 
 @dataclass

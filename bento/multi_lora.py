@@ -1,7 +1,8 @@
 """A linear layer that adds another low-rank update to every segment of a batch.
 
-The method is that of segmented multi-adapter serving (Punica's SGMV, arXiv:2310.18547) with one plain matrix
-product per segment: rows of one adapter stand together, and each segment gets the update of its own adapter.
+The method is that of segmented multi-adapter serving (Punica's SGMV, arXiv:2310.18547) with batched matrix products:
+rows of one adapter stand together, and segments of like length whose adapters have the same form are one product,
+padded to the longest of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +14,120 @@ from torch import nn
 from bento.int8 import Int8Values, Int8Weight, quantise
 from ft_resources.errors import ServiceError
 
-Update = tuple[torch.Tensor, torch.Tensor]
-"""(A transposed [in, rank], B transposed and scaled [rank, out]) in the dtype and on the device of the engine."""
+LIKE = 0.7
+"""Segments are padded to the longest of their group while they are longer than this share of it."""
+EQUAL = 4
+"""As many segments of one length stay by themselves: they need no padding, so that their rows are not moved."""
+
+
+class Update:
+    """The low-rank matrices of one adapter. Those of one module lie together, so that they are stacked in one copy.
+
+    Args:
+        pairs: Module name -> (A transposed [in, rank], B transposed and scaled [rank, out]).
+    """
+
+    def __init__(
+        self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.form = tuple((module, a.shape[1]) for module, (a, _) in sorted(pairs.items()))
+        """Modules and ranks; adapters where it is equal can be stacked."""
+        self.matrices: Mapping[str, torch.Tensor] = {
+            module: torch.cat([a.flatten(), b.flatten()]).to(device=device, dtype=dtype)
+            for module, (a, b) in pairs.items()
+        }
+        """By module: A row after row, then B, see `_split`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+        return sum(each.nbytes for each in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring segments of like length, whose adapters have the same form."""
+
+    start: int
+    """First of its rows, of all tokens one after the other."""
+    stop: int
+    width: int
+    """Rows of the longest segment."""
+    source: torch.Tensor | None
+    """long [segments x width]: the row of each place; None: segments are equally long."""
+    real: torch.Tensor | None
+    """long [stop - start]: the place of each row."""
+    updates: Sequence[Update]
+    """Of each segment."""
 
 
 @dataclass
+class Reading:
+    """An input, and what the layers that read the same one have in common."""
+
+    input: torch.Tensor
+    quantised: Int8Values | None = None
+    gathered: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By first row of a group: [segments, width, in] in the dtype of the updates."""
+
+
 class Segments:
     """Which rows of the batch now in the model belong to which adapter; shared by all layers of one model.
 
     In a padded batch a row is a text, in a pack it is a token.
     """
 
-    rows: int = 0
-    parts: Sequence[tuple[int, int, Mapping[str, Update]]] = field(default_factory=tuple)
-    """(first row, row after the last, module name -> update), in order."""
-    quantised: tuple[torch.Tensor, Int8Values] | None = None
-    """The last input and what it is in int8: query, key and value read the same one."""
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        """Of updates."""
+        self.rows = 0
+        self._alike: Sequence[Sequence[tuple[int, int, Update]]] = ()
+        self._groups: dict[int, Sequence[Group]] = {}
+        self._room = torch.empty(0, dtype=dtype, device=device)
+        self._reading: Reading | None = None
+
+    def set(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> None:
+        """The next batch.
+
+        Args:
+            parts: (first row, row after the last, update), in order.
+        """
+        self.rows, self._alike = rows, _alike([part for part in parts if part[2].form])
+        self._groups, self._reading = {}, None
+
+    def clear(self) -> None:
+        """Let go of the batch."""
+        self.set(0, ())
+
+    def reading(self, input: torch.Tensor) -> Reading:
+        """What is known of `input`, if it was the last one asked for."""
+        if self._reading is None or self._reading.input is not input:
+            self._reading = Reading(input)
+        return self._reading
+
+    def groups(self, per_row: int) -> Sequence[Group]:
+        """The groups of a layer that gets `per_row` tokens in each row."""
+        if per_row not in self._groups:
+            self._groups[per_row] = [_group(alike, per_row, self.device) for alike in self._alike]
+        return self._groups[per_row]
+
+    def stacked(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+        """[matrices, elements]; valid until the next call.
+
+        They are stacked when a layer needs them, so that they are still in the cache when they are multiplied, and
+        always in the same memory: new memory would cost more than the copy, because the kernel clears it first.
+        """
+        if len(matrices) == 1:
+            return matrices[0][None]
+        size = len(matrices) * len(matrices[0])
+        if self._room.numel() < size:
+            self._room = self._room.new_empty(size)
+        return torch.cat(matrices, out=self._room[:size]).view(len(matrices), -1)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row gets an update."""
+        return not self._alike
 
 
 class MultiLora(nn.Linear):
@@ -53,27 +152,55 @@ class MultiLora(nn.Linear):
         """Raises:
         ServiceError: The first dimension of the input is not the batch.
         """
-        output = super().forward(input) if self.int8 is None else self._int8(self.int8, input)
-        if not self.segments.parts:
-            return output
-        flat_input = flat_output = None
-        for start, stop, updates in self.segments.parts:
-            update = updates.get(self.name)
-            if update is None:
-                continue
-            if flat_input is None or flat_output is None:
-                per_row = self._per_row(input)
-                flat_input, flat_output = input.reshape(-1, self.in_features), output.view(-1, self.out_features)
-            a, b = update
-            places = slice(start * per_row, stop * per_row)
-            flat_output[places].addmm_(flat_input[places] @ a, b)
+        output = self._product(input)
+        if not self.segments.empty:
+            self._update(input, output.view(-1, self.out_features))
         return output
 
-    def _int8(self, weight: Int8Weight, input: torch.Tensor) -> torch.Tensor:
-        known = self.segments.quantised
-        if known is None or known[0] is not input:
-            known = self.segments.quantised = (input, quantise(input.reshape(-1, self.in_features)))
-        return weight.product(known[1]).view(*input.shape[:-1], self.out_features)
+    def _product(self, input: torch.Tensor) -> torch.Tensor:
+        if self.int8 is not None:
+            reading = self.segments.reading(input)
+            if reading.quantised is None:
+                reading.quantised = quantise(input.reshape(-1, self.in_features))
+            return self.int8.product(reading.quantised).view(*input.shape[:-1], self.out_features)
+        if self.bias is not None and input.dtype == torch.bfloat16 and input.device.type == "cpu":
+            return nn.functional.linear(input, self.weight).add_(self.bias)  # faster than a bias in the product
+        return super().forward(input)
+
+    def _update(self, input: torch.Tensor, output: torch.Tensor) -> None:
+        for group in self.segments.groups(self._per_row(input)):
+            if self.name not in group.updates[0].matrices:
+                continue
+            a, b = self._split(self.segments.stacked([update.matrices[self.name] for update in group.updates]))
+            rows, inputs = output[group.start : group.stop], self._gathered(input, group)
+            if len(group.updates) == 1:  # plain products are faster than a batch of one
+                low = inputs[0] @ a[0]
+                if low.dtype == output.dtype:
+                    rows.addmm_(low, b[0])
+                else:
+                    rows.add_(low @ b[0])
+                continue
+            low = torch.bmm(inputs, a)
+            if group.real is None and low.dtype == output.dtype:
+                rows.view(-1, group.width, self.out_features).baddbmm_(low, b)
+                continue
+            added = torch.bmm(low, b).view(-1, self.out_features)
+            rows.add_(added if group.real is None else added.index_select(0, group.real))
+
+    def _split(self, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [adapters, in, rank] and B [adapters, rank, out] of what `Update` holds for this layer."""
+        rank = stack.shape[1] // (self.in_features + self.out_features)
+        a, b = stack.tensor_split([self.in_features * rank], 1)
+        return a.unflatten(1, (self.in_features, rank)), b.unflatten(1, (rank, self.out_features))
+
+    def _gathered(self, input: torch.Tensor, group: Group) -> torch.Tensor:
+        """[segments, width, in]"""
+        known = self.segments.reading(input).gathered
+        if group.start not in known:
+            flat = input.reshape(-1, self.in_features)
+            flat = flat[group.start : group.stop] if group.source is None else flat.index_select(0, group.source)
+            known[group.start] = flat.to(self.segments.dtype).view(len(group.updates), group.width, self.in_features)
+        return known[group.start]
 
     def _per_row(self, input: torch.Tensor) -> int:
         """Tokens in a row."""
@@ -98,3 +225,34 @@ def wrap_linears(model: nn.Module, segments: Segments) -> dict[str, MultiLora]:
             wrapped[name] = MultiLora(name, module, segments)
             setattr(model.get_submodule(parent), leaf, wrapped[name])
     return wrapped
+
+
+def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int, Update]]]:
+    """Neighbours that are one product."""
+    groups: list[list[tuple[int, int, Update]]] = []
+    longest = shortest = 0
+    for start, stop, update in parts:
+        length = stop - start
+        joins = bool(groups) and groups[-1][-1][1] == start and groups[-1][-1][2].form == update.form
+        if joins:
+            like = min(shortest, length) > LIKE * max(longest, length)
+            joins = like and (length == longest == shortest or longest > shortest or len(groups[-1]) < EQUAL)
+        if not joins:
+            groups.append([])
+            longest, shortest = length, length
+        groups[-1].append((start, stop, update))
+        longest, shortest = max(longest, length), min(shortest, length)
+    return groups
+
+
+def _group(parts: Sequence[tuple[int, int, Update]], per_row: int, device: torch.device) -> Group:
+    first = torch.tensor([start * per_row for start, *_ in parts])[:, None]
+    counts = torch.tensor([(stop - start) * per_row for start, stop, _ in parts])[:, None]
+    width = int(counts.max())
+    inside = torch.arange(width)[None]
+    there = inside < counts
+    source = real = None
+    if not bool(there.all()):
+        source = torch.where(there, first + inside, first).flatten().to(device)
+        real = there.flatten().nonzero().flatten().to(device)
+    return Group(int(first[0]), int(first[-1] + counts[-1]), width, source, real, [update for *_, update in parts])

@@ -16,6 +16,8 @@ PACKED = "ft_packed"
 """Name of this attention, for `set_attn_implementation`."""
 STEP = 16
 """Texts whose lengths round up to the same multiple of this are attended to together."""
+NARROW = 64
+"""Softmax over fewer scores than this is faster in float32."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ def _attend(
             scores = torch.bmm(q, k.transpose(1, 2))
         else:
             scores = torch.baddbmm(group.mask.to(how.dtype).repeat(heads, 1, 1), q, k.transpose(1, 2))
-        states = torch.bmm(torch.softmax(scores, -1), v).view(heads, -1, width).transpose(0, 1)
+        if group.width < NARROW:
+            scores = scores.float()
+        states = torch.bmm(torch.softmax(scores, -1).to(how.dtype), v).view(heads, -1, width).transpose(0, 1)
         output.index_copy_(0, group.target, states if group.real is None else states.index_select(0, group.real))
     return output.to(query.dtype)[None], None
 

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from bento.adapters import AdapterStore
+from bento.repeating import Repeating
 from bento.routing import Route, RouteEntry, RouteTable, read_plan, released_entries
 from ft_resources.errors import FtError, ServiceError
 from ft_resources.ledger import Ledger
@@ -155,7 +156,7 @@ class Routes:
             logger.error("route %s of task %s cannot be followed, the old one stays: %s", revision, task, message)
 
 
-class RouteWatcher:
+class RouteWatcher(Repeating):
     """Refreshes the routes in a thread of its own.
 
     Args:
@@ -165,25 +166,9 @@ class RouteWatcher:
     """
 
     def __init__(self, routes: Routes, *, every: float = 0.15, after: Callable[[], None] = lambda: None) -> None:
-        self._routes, self._every, self._after = routes, every, after
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="route-watcher", daemon=True)
+        self._routes, self._after = routes, after
+        super().__init__("route-watcher", self._look, every)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread; returns when it has ended."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _watch(self) -> None:
-        while not self._stopping.is_set():
-            self._routes.refresh()
-            self._after()
-            self._stopping.wait(self._every)
+    def _look(self) -> None:
+        self._routes.refresh()
+        self._after()

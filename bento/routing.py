@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,9 +108,14 @@ class RouteTable:
     routes: Mapping[str, Route] = field(default_factory=dict)
     waiting: Mapping[str, str] = field(default_factory=dict)
 
-    def route(self, task: str) -> Route:
-        """Raises:
-        RequestError: `unknown_task`, naming the nearest one; `not_ready` while its adapter cannot be loaded.
+    def route(self, task: str, told: Collection[str] | None = None) -> Route:
+        """The route of a task.
+
+        Args:
+            told: The tasks that a refusal may name; None: all.
+
+        Raises:
+            RequestError: `unknown_task`, naming the nearest one; `not_ready` while its adapter cannot be loaded.
         """
         route = self.routes.get(task)
         if route is not None:
@@ -122,8 +127,8 @@ class RouteTable:
                 status=503,
                 mend="Try again; /readyz says what is amiss.",
             )
-        near = difflib.get_close_matches(task, self.routes, n=1, cutoff=0.5)
-        tasks = sorted(self.routes)
+        tasks = sorted(one for one in self.routes if told is None or one in told)
+        near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.5)
         known = ", ".join(tasks[:20]) + (", ..." if len(tasks) > 20 else "") or "none"
         raise RequestError(
             "unknown_task",
@@ -151,6 +156,8 @@ class BakedRelease:
     route: Route
     base: BaseModel
     folder: Path
+    files: Mapping[str, str]
+    """SHA-256 of each file in `folder`."""
 
     @property
     def adapter(self) -> str:
@@ -162,6 +169,7 @@ class _ReleaseFile(pydantic.BaseModel):
     release_id: str
     model_version: str
     adapter: str
+    files: dict[str, str] = pydantic.Field(min_length=1)
     review_below: float = pydantic.Field(0.0, ge=0, le=1)
     precision: Precision = "auto"
 
@@ -193,6 +201,7 @@ def read_baked(root: Path) -> BakedRelease | None:
         Route(release.task, 0, (entry,), (entry,), release.review_below),
         resolve(str(root / "models" / "base")),
         root / "models" / "adapter",
+        release.files,
     )
 
 

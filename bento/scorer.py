@@ -11,10 +11,10 @@ from typing import Any
 import pydantic
 from sqlalchemy.exc import SQLAlchemyError
 
-from bento.adapters import ADAPTER_MEMORY, AdapterStore, BakedAdapter, BasePool, LakeAdapters
+from bento.adapters import ADAPTER_MEMORY, MEGABYTE, AdapterStore, BakedAdapter, BasePool, LakeAdapters
 from bento.admitted import Admitted, Answers, Classifier, Failed, Measured, Piece
 from bento.classify import Scored
-from bento.content_filter import ContentFilter
+from bento.content_filter import ContentFilter, load_filter
 from bento.conversation import answer_json, parse_answer
 from bento.engine import Adapter, Encoded, Engine
 from bento.generation.manifest import GenerationManifest
@@ -23,6 +23,7 @@ from bento.request_log import Prediction, RequestLog
 from bento.route_watcher import Routes
 from bento.routing import RouteEntry, RouteTable, read_baked
 from bento.texts import Asked, Prompted, Turn, Work, Writer, unanswerable, wrong_type
+from ft_resources.environments import REQUEST_TOKENS, Environment, ServiceSettings
 from ft_resources.errors import DataError, FtError, RequestError, ServiceError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
@@ -44,9 +45,11 @@ class Scorer:
         ledger: Ledger,
         *,
         content_filter: ContentFilter | None = None,
+        request_tokens: int = REQUEST_TOKENS,
         follow: bool = True,
     ) -> None:
         self.routes, self.store, self._bases, self.content_filter = routes, store, bases, content_filter
+        self._request_tokens = request_tokens
         self._ledger, self._log, self._follow = ledger, RequestLog(ledger), follow
 
     @classmethod
@@ -62,6 +65,7 @@ class Scorer:
         device: str = "",
         generation: str = "torch",
         content_filter: ContentFilter | None = None,
+        request_tokens: int = REQUEST_TOKENS,
         follow: bool = True,
     ) -> "Scorer":
         """A scorer over the routes of `ledger` and the adapters of `lake`.
@@ -71,6 +75,7 @@ class Scorer:
             baked: Folder with a `release.json` to fall back on for a task without a route.
             generation: Engine of tasks that write texts: `torch` or `vllm`.
             content_filter: Looks at inputs, and at texts that were written.
+            request_tokens: Most tokens of the prompts of one request to a task that writes texts.
             follow: Look for a changed route before every request; else a `RouteWatcher` does.
 
         Raises:
@@ -85,11 +90,42 @@ class Scorer:
             device=device,
             generation=generation,
         )
-        store = AdapterStore(
-            BakedAdapter(release.adapter, release.folder, source) if release else source, bases, adapter_memory
-        )
+        store = AdapterStore(BakedAdapter(release, source) if release else source, bases, adapter_memory)
         routes = Routes(ledger, store, release.route if release else None)
-        return cls(routes, store, bases, ledger, content_filter=content_filter, follow=follow)
+        return cls(
+            routes, store, bases, ledger, content_filter=content_filter, request_tokens=request_tokens, follow=follow
+        )
+
+    @classmethod
+    def of(
+        cls,
+        environment: Environment,
+        settings: ServiceSettings,
+        lake: Lake,
+        ledger: Ledger,
+        *,
+        baked: Path | None = None,
+        threads: int | None = None,
+        follow: bool = True,
+    ) -> "Scorer":
+        """`open`, as the environment asks for it: device, engine of texts, memory of adapters, content filter.
+
+        Raises:
+            ServiceError: The baked release is not whole.
+            SpecError: The content filter cannot be loaded.
+        """
+        return cls.open(
+            lake,
+            ledger,
+            baked=baked,
+            adapter_memory=environment.adapter_memory_mb * MEGABYTE,
+            threads=threads,
+            device=environment.device,
+            generation=environment.generation_engine,
+            content_filter=load_filter(settings.content_filter),
+            request_tokens=settings.request_tokens,
+            follow=follow,
+        )
 
     def predict(
         self,
@@ -126,7 +162,7 @@ class Scorer:
         """
         admitted = self.admit(request, trace_id or uuid.uuid4().hex)
         if isinstance(admitted, Prompted):
-            answers = Answers(Work(admitted).future.result())
+            answers = Answers(admitted.checked(Work(admitted).future.result()))
         else:
             answers = admitted.answers(self.compute(admitted.pieces))
         self.record([answers])
@@ -187,7 +223,16 @@ class Scorer:
         if isinstance(adapter, Adapter):
             assert isinstance(engine, Engine)
             return Classifier(entry, engine, adapter)
-        return Writer(entry, engine, adapter, self.content_filter)
+        return Writer(entry, engine, adapter, self._request_tokens, self.content_filter)
+
+    def takes_conversations(self, task: str, model_version: str | None = None) -> bool:
+        """Whether a conversation is an input of this task; others take texts alone.
+
+        Raises:
+            RequestError: As `choose`.
+        """
+        chosen = self.choose(task, None, "", model_version)
+        return isinstance(chosen, Writer) and chosen.adapter.manifest.type == "text-generation"
 
     def allow(self, task: str, texts: Sequence[str]) -> None:
         """Let the content filter look at what comes in.
@@ -199,15 +244,15 @@ class Scorer:
             self.content_filter.check(task, texts, "input")
 
     def is_quick(self, request: PredictRequest) -> bool:
-        """Whether `admit` neither loads an adapter nor tokenises much, so that it may run on an event loop."""
-        if sum(map(_size, request.inputs)) > 4096:
+        """Whether `admit` may run on an event loop: it loads nothing, tokenises little, and asks nobody's filter."""
+        if self.content_filter is not None or sum(map(_size, request.inputs)) > 4096:
             return False
         try:
             entry = self.table.choose(request.task, request.user, "", request.model_version)
         except RequestError:
             return True
         live = self.table.route(request.task).entries
-        return all(self._in_memory(one) for one in (entry, *live) if one is entry or one.share > 0)
+        return all(self._labels(one) for one in (entry, *live) if one is entry or one.share > 0)
 
     def compute(self, pieces: Sequence[Piece]) -> list[Scored | Failed]:
         """An answer or a failure for each piece; a piece that fails does not fail the others."""
@@ -232,7 +277,8 @@ class Scorer:
 
         Raises:
             RequestError: `unknown_prediction`, `unknown_label`, `log_unavailable`; `wrong_task_type`, a label for an
-                answer that is a text, or a text for a label; `invalid_input`, the text is not what was to be extracted.
+                answer that is a text, or a text for a label; `invalid_input`, the text is not what was to be extracted;
+                `not_ready`, the adapter that says so cannot be loaded.
         """
         try:
             prediction = self._ledger.prediction(request.prediction_id)
@@ -262,12 +308,19 @@ class Scorer:
             ) from error
 
     @property
+    def alive(self) -> bool:
+        """Whether its engines compute."""
+        return self._bases.alive
+
+    @property
     def table(self) -> RouteTable:
         """The routes in force."""
         return self.routes.table
 
-    def _in_memory(self, entry: RouteEntry) -> bool:
-        return self.store.peek(entry.adapter, entry.precision) is not None
+    def _labels(self, entry: RouteEntry) -> bool:
+        """Whether its adapter is in memory and a classifier's: one that writes may have a schema to compile."""
+        there = self.store.peek(entry.adapter, entry.precision)
+        return there is not None and isinstance(there[1], Adapter)
 
     def _adapter(self, entry: RouteEntry) -> tuple[Any, Any]:
         try:
@@ -281,11 +334,20 @@ class Scorer:
                 mend="Ask for another model version; the operator finds the cause in the service's log.",
             ) from error
 
+    def _entry_of(self, prediction: Mapping[str, Any]) -> RouteEntry:
+        """The entry that gave an answer, in the precision it is served in."""
+        route = self.table.routes.get(prediction["task"])
+        for entry in () if route is None else (*route.entries, *route.released):
+            if entry.release_id == prediction["release_id"]:
+                return entry
+        known = {name: prediction[name] for name in ("adapter", "model_version", "release_id")}
+        return RouteEntry(**known, share=0.0)  # a release beside the service that a route has taken the place of
+
     def _fitting_text(self, text: str, prediction: Mapping[str, Any]) -> str:
         """`text` as a training row holds it."""
         if prediction["output"] is None:
             raise wrong_type(prediction["task"], "answers with a label", "Send the true label instead of a text.")
-        _, adapter = self.store.get(prediction["adapter"])
+        _, adapter = self._adapter(self._entry_of(prediction))
         fields = adapter.manifest.fields if isinstance(adapter.manifest, GenerationManifest) else {}
         if not fields:
             return text

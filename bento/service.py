@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 # Threads of a matrix product must sleep while they wait: by default they spin, and on a machine with as many busy
 # threads as cores that stretched answers from 0.02 to over 1 second. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# glibc keeps a heap for each thread, up to eight per core, and gives none back: tensors pass between threads here.
-# BentoML imports this module before it starts its workers, which read it.
-os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 # oneDNN compiles a kernel for each shape, and keeps 1,024 of them by default: 0.4 GB. A quarter is no slower.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +68,9 @@ class AdapterService:
 
     def __init__(self) -> None:
         # imported here: BentoML imports this module in its parent process too, which needs no torch
-        from bento.adapters import MEGABYTE
         from bento.batcher import Batcher
-        from bento.content_filter import load_filter
         from bento.devices import PASS_TOKENS, pick_device
+        from bento.embedding import Embedder
         from bento.keys import KeyRing
         from bento.route_watcher import RouteWatcher
         from bento.scorer import Scorer
@@ -86,18 +82,16 @@ class AdapterService:
             use_json()
         environment = Environment.read()
         self._ledger = Ledger(environment.ledger)
-        doors.ring = self._ring = KeyRing(self._ledger)
+        doors.ring = self._keys = KeyRing(self._ledger)
         self._usage = Usage()
         self._settled = False
-        self._scorer = Scorer.open(
+        self._scorer = Scorer.of(
+            environment,
+            settings,
             Lake(environment.lake),
             self._ledger,
             baked=ROOT,
-            adapter_memory=environment.adapter_memory_mb * MEGABYTE,
             threads=max(1, usable_cores() // settings.workers) if settings.workers > 1 else None,
-            device=environment.device,
-            generation=environment.generation_engine,
-            content_filter=load_filter(settings.content_filter),
             follow=False,
         )
         self._batcher: Batcher[Piece, Scored | Failed, Answers | Measured] = Batcher(
@@ -107,11 +101,12 @@ class AdapterService:
             most_cost=settings.request_tokens,
         )
         self._watcher = RouteWatcher(self._scorer.routes, after=self._measure)
-        app.state.backend = Backend(self._scorer, self._batcher, self._watcher)
-        app.state.access = Access(doors, self._ledger)
+        self._embedder = Embedder(settings.request_tokens)
+        watchers = (self._watcher, self._keys.watcher)
+        app.state.backend = Backend(self._scorer, self._batcher, watchers, self._embedder)
+        app.state.access = Access(doors, self._ledger, settings.rate_limit)
 
     def _measure(self) -> None:
-        self._ring.refresh()
         metrics().route_errors.set(len(self._scorer.routes.errors))
         metrics().adapters.set(len(self._scorer.store.loaded))
         metrics().waiting.set(self._batcher.waiting)
@@ -127,14 +122,17 @@ class AdapterService:
             observer.tracer = Tracer(settings.otlp)
         drain.install()
         end_with_parent()
+        self._keys.watcher.start()
         self._watcher.start()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """Answer what is in the queue, then let go of everything."""
         app.state.backend = app.state.access = None
-        await asyncio.to_thread(self._watcher.stop)
+        for watcher in (self._watcher, self._keys.watcher):
+            await asyncio.to_thread(watcher.stop)
         await self._batcher.close()
+        await asyncio.to_thread(self._embedder.close)
         if observer.tracer is not None:
             await asyncio.to_thread(observer.tracer.close)
         self._ledger.close()

@@ -16,7 +16,10 @@ def event(json: str) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come; `events` is closed when the caller goes away, so that it can stop its work."""
+    """Sends events as they come; `events` is closed when the caller goes away, so that it can stop its work.
+
+    The status is sent with the first event: what `events` raises before it is answered as any other refusal.
+    """
 
     media_type = "text/event-stream"
 
@@ -26,8 +29,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(_gone(receive))
+        started = False
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 coming = asyncio.ensure_future(anext(self._events, None))
                 try:
@@ -40,6 +43,9 @@ class EventStream(Response):
                         with contextlib.suppress(asyncio.CancelledError):
                             await coming
                 chunk = coming.result()
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": chunk or b"", "more_body": chunk is not None})
                 if chunk is None:
                     return

@@ -17,6 +17,7 @@ import numpy as np
 from bento.content_filter import ContentFilter
 from bento.conversation import answer_schema, dump, parse_answer
 from bento.generation.interface import Completion, Generation, Sampling, TextGenerator
+from bento.limits import check_tokens
 from bento.protocol import DEFAULT_TOKENS, Parameters
 from bento.request_log import Prediction, Text
 from bento.routing import RouteEntry
@@ -80,18 +81,24 @@ class Prompted:
         return self.engine.submit(prompt.ids, self.adapter, self.sampling, on_text)
 
     def prediction(self, prompt: Prompt, answer: Completion) -> Prediction:
-        """What is recorded and answered.
-
-        Raises:
-            RequestError: `content_filtered`.
-        """
-        if self.content_filter is not None:
-            self.content_filter.check(self.asked.task, [answer.text], "output")
+        """What is recorded and answered, if the content filter lets it pass; see `checked`."""
         text = Text(_plain(answer.text), answer.finish_reason, answer.prompt_tokens, answer.completion_tokens)
         fields = self.adapter.manifest.fields
         if fields:
             text = replace(text, fields=_parsed(text.output, fields))
         return self._recorded(prompt, text, math.exp(min(0.0, answer.mean_logprob)))
+
+    def checked(self, results: Sequence[Prediction | RequestError]) -> list[Prediction | RequestError]:
+        """The results, with an error in place of each text that the content filter refuses. May take long."""
+        return [one if isinstance(one, RequestError) else self._checked(one) for one in results]
+
+    def _checked(self, prediction: Prediction) -> Prediction | RequestError:
+        if self.content_filter is not None and prediction.text is not None:
+            try:
+                self.content_filter.check(self.asked.task, [prediction.text.output], "output")
+            except RequestError as error:
+                return error
+        return prediction
 
     def cut_off(self, prompt: Prompt, output: str) -> Prediction:
         """What is recorded of an answer whose caller went away after `output`."""
@@ -127,6 +134,8 @@ class Writer:
     entry: RouteEntry
     engine: TextGenerator
     adapter: "Adapter"
+    most_tokens: int
+    """Of all prompts of one request."""
     content_filter: ContentFilter | None = None
 
     @property
@@ -142,7 +151,7 @@ class Writer:
         raw: bool = False,
         schema: Mapping[str, Any] | None = None,
     ) -> Prompted:
-        """The request with its prompts.
+        """The request with its prompts and its schema compiled; may take long.
 
         Args:
             inputs: Texts or conversations.
@@ -150,16 +159,25 @@ class Writer:
             schema: JSON schema that the answers fit; an extraction has its own.
 
         Raises:
-            RequestError: `content_filtered`.
+            RequestError: `content_filtered`; `input_too_large`, the prompts have too many tokens together;
+                `invalid_request`, the schema cannot be followed.
         """
         if self.content_filter is not None:
             said = [one for given in inputs for one in ([given] if isinstance(given, str) else _contents(given))]
             self.content_filter.check(asked.task, said, "input")
-        prompts = tuple(self._prompt(one, f"inputs.{place}", raw) for place, one in enumerate(inputs))
+        prompts = []
+        tokens = 0
+        for place, one in enumerate(inputs):
+            prompt = self._prompt(one, f"inputs.{place}", raw)
+            prompts.append(prompt)
+            if isinstance(prompt, Prompt):
+                tokens += len(prompt.ids)
+                check_tokens(tokens, self.most_tokens)
         if self.extracts:
             schema = answer_schema(self.adapter.manifest.fields)
         sampling = sampling_of(parameters, schema)
-        return Prompted(asked, self.entry, self.engine, self.adapter, prompts, sampling, self.content_filter)
+        self.engine.prepare(sampling)
+        return Prompted(asked, self.entry, self.engine, self.adapter, tuple(prompts), sampling, self.content_filter)
 
     def _prompt(self, given: str | Sequence[Turn], place: str, raw: bool) -> Prompt | RequestError:
         name = uuid.uuid4().hex
@@ -218,6 +236,8 @@ class Running:
 class Work:
     """Generates the answers to all prompts of a request, a few at a time. Safe in any number of threads.
 
+    The answers have not passed the content filter; see `Prompted.checked`.
+
     Attributes:
         future: A prediction or an error for each input, in their order. Cancelling it gives up what is not finished.
     """
@@ -249,10 +269,14 @@ class Work:
             assert isinstance(prompt, Prompt)
             try:
                 running = Running(self._prompted, prompt)
-            except RequestError as error:
+            except Exception as error:  # whatever it is: an input without a result would hold up the request for ever
+                refused = unanswerable(self._prompted.entry.adapter, error)
                 with self._lock:
-                    self._results[place] = error
                     self._begun -= 1
+                    if refused.error_code == "overloaded" and self._begun:  # its turn comes when one of these is over
+                        self._waiting.insert(0, place)
+                        return
+                    self._results[place] = refused
                 continue
             with self._lock:
                 self._running[place] = running
@@ -276,8 +300,8 @@ class Work:
             return
         try:
             result: Prediction | RequestError = self._running[place].outcome()
-        except RequestError as error:
-            result = error
+        except Exception as error:  # as above
+            result = unanswerable(self._prompted.entry.adapter, error)
         with self._lock:
             self._results[place] = result
             self._begun -= 1

@@ -22,7 +22,7 @@ class Tokens:
     Args:
         secret: Signs our own (HS256); 32 bytes or more.
         public_key: PEM of another issuer's key (RSA, P-256 or Ed25519); its tokens carry `iss`, the audience
-            `ft-service`, and may carry `role` (default reader) and `tasks` (default all).
+            `ft-service`, and may carry `role` (default reader) and `tasks` (default none; an admin has all).
         issuer: The `iss` of that issuer's tokens.
         clock: Seconds since the epoch.
 
@@ -75,7 +75,7 @@ class Tokens:
                     issuer=ISSUER,
                     options={"require": REQUIRED},
                 )
-                return _caller(claims, str(claims.get("key", "")))
+                return _caller(claims, str(claims.get("key", "")), without=None)
             if self._public is None:
                 raise jwt.InvalidAlgorithmError("signed in a way that is not accepted")
             claims = jwt.decode(
@@ -86,7 +86,7 @@ class Tokens:
                 issuer=self._issuer,
                 options={"require": REQUIRED},
             )
-            return _caller(claims, "")
+            return _caller(claims, "", without=frozenset())
         except jwt.ExpiredSignatureError:
             raise _refused("the token has expired") from None
         except jwt.InvalidAudienceError:
@@ -95,9 +95,11 @@ class Tokens:
             raise _refused("the token is not valid") from None
 
 
-def _caller(claims: dict[str, Any], key_id: str) -> Caller:
-    """Raises:
-    ValueError: A claim of ours does not hold what it should.
+def _caller(claims: dict[str, Any], key_id: str, *, without: frozenset[str] | None) -> Caller:
+    """Whom claims stand for; `without`: the tasks of a token that names none.
+
+    Raises:
+        ValueError: A claim does not hold what it should.
     """
     role, tasks, rate = claims.get("role", "reader"), claims.get("tasks"), claims.get("rate")
     if role not in ROLES or not (tasks is None or (isinstance(tasks, list) and tasks)):
@@ -105,7 +107,7 @@ def _caller(claims: dict[str, Any], key_id: str) -> Caller:
     return Caller(
         str(claims["sub"])[:128],
         role,
-        None if tasks is None or role == "admin" else frozenset(map(str, tasks)),
+        None if role == "admin" else without if tasks is None else frozenset(map(str, tasks)),
         None if rate is None else float(rate),
         key_id,
     )

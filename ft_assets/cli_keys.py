@@ -69,8 +69,8 @@ def show(home: HomeOption = None) -> None:
 
 @app.command("revoke")
 def revoke(name: Annotated[str, typer.Argument(help="Name of the key.")], home: HomeOption = None) -> None:
-    """Close a key: running services refuse it, and tokens made from it, within a second or two."""
+    """Close a key and the keys made with it: services refuse them, and their tokens, within a second or two."""
     with told():
         platform = open_platform(home)
-        platform.ledger.revoke_key(name, platform.environment.actor)
-        console.print(f"key {name} is [yellow]revoked[/yellow]")
+        for one in (name, *platform.ledger.revoke_key(name, platform.environment.actor)):
+            console.print(f"key {one} is [yellow]revoked[/yellow]")

@@ -2,8 +2,12 @@
 
 What was answered is kept in a journal beside the output until the output is complete, so a run that was interrupted
 goes on where it stopped. A row that cannot be answered gets an error beside it and stops nothing.
+
+Answers are recorded in the ledger before they reach the journal: of a process that is killed in between, the rows of
+that one part are answered and recorded again. The output names the later record.
 """
 
+import codecs
 import csv
 import difflib
 import hashlib
@@ -41,6 +45,10 @@ ANSWER = (
     "error",
 )
 """Columns that are added."""
+OF_ONE_INPUT = ("invalid_input", "input_too_large", "content_filtered")
+"""Refusals that one input brings upon the whole request."""
+LONGEST_CELL = 2**31 - 1
+"""Characters of a CSV cell that are read; whether they are too many for an input is told beside the row."""
 INPUT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(AnyInput, config=pydantic.ConfigDict(strict=True))
 
 
@@ -48,6 +56,8 @@ class Answering(Protocol):
     """The part of `bento.scorer.Scorer` that answers."""
 
     def answer(self, request: PredictRequest) -> "Sequence[Prediction | RequestError]": ...
+
+    def takes_conversations(self, task: str, model_version: str | None = None) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ def score_file(
 
     Args:
         out: Default: beside `file`, as `NAME.answers.ENDING`. Its ending decides its format.
-        column: Holds the input: a text, or for text-generation also a conversation (in CSV as JSON).
+        column: Holds the input: a text, or for text-generation also a conversation (in CSV as JSON). Other tasks take
+            a cell that looks like a conversation as the text it is.
         show: Told how many rows are done and how many of them failed, after each part.
 
     Raises:
@@ -91,12 +102,13 @@ def score_file(
     known = _known(journal, about)
     done, failed = len(known), sum(bool(one["error_code"]) for one in known)
     resumed = done
-    with _appending(journal, about, known) as keep:
+    conversations = scorer.takes_conversations(task, model_version)
+    with _appending(journal, about) as keep:
         rows = read(file)
         for _ in range(done):
             next(rows)
         while part := list(islice(rows, AT_ONCE)):
-            answers = _answers(scorer, task, [_input(row, column) for row in part], model_version)
+            answers = _answers(scorer, task, [_input(row, column, conversations) for row in part], model_version)
             keep(answers)
             done, failed = done + len(answers), failed + sum(bool(one["error_code"]) for one in answers)
             show(done, failed)
@@ -120,15 +132,31 @@ def _answers(scorer: Answering, task: str, inputs: Sequence[Any], model_version:
         else:
             answers[place] = _failure(problem)
     if good:
-        try:
-            request = PredictRequest.model_validate(
-                {"task": task, "inputs": [inputs[place] for place in good], "model_version": model_version}
-            )
-        except pydantic.ValidationError as error:  # inputs are valid: it is the name of the task or of the version
-            raise explain(error.errors()) from None
-        for place, result in zip(good, scorer.answer(request), strict=True):
+        results = _results(scorer, task, [inputs[place] for place in good], model_version)
+        for place, result in zip(good, results, strict=True):
             answers[place] = _failure(result) if isinstance(result, RequestError) else _success(result)
     return [one for one in answers if one is not None]
+
+
+def _results(
+    scorer: Answering, task: str, inputs: Sequence[Any], model_version: str | None
+) -> "list[Prediction | RequestError]":
+    """Where one input spoils the request, halves are asked by themselves, down to that input."""
+    try:
+        request = PredictRequest.model_validate({"task": task, "inputs": inputs, "model_version": model_version})
+    except pydantic.ValidationError as error:  # inputs are valid: it is the name of the task or of the version
+        raise explain(error.errors()) from None
+    try:
+        return list(scorer.answer(request))
+    except RequestError as error:
+        if error.error_code not in OF_ONE_INPUT:
+            raise
+        if len(inputs) == 1:
+            return [error]
+    middle = len(inputs) // 2
+    return [
+        result for half in (inputs[:middle], inputs[middle:]) for result in _results(scorer, task, half, model_version)
+    ]
 
 
 def _valid(one: Any) -> RequestError | None:
@@ -139,16 +167,16 @@ def _valid(one: Any) -> RequestError | None:
     return None
 
 
-def _input(row: Row | RequestError, column: str) -> Any:
+def _input(row: Row | RequestError, column: str, conversations: bool) -> Any:
     if isinstance(row, RequestError):
         return row
     value = row.get(column)
     if value is None:
         return RequestError("invalid_input", f"column '{column}' is empty", status=422, mend="Give a text.")
-    if isinstance(value, str) and value.startswith('[{"'):
+    if conversations and isinstance(value, str) and value.startswith('[{"'):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -178,8 +206,7 @@ def _known(journal: Path, about: Mapping[str, Any]) -> list[Row]:
     """Answers that an earlier run kept; a last line that was cut off is none."""
     if not journal.is_file():
         return []
-    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     if whole and whole[0] != about:
         changed = ", ".join(name for name in about if whole[0].get(name) != about[name])
         raise SourceError(
@@ -198,19 +225,20 @@ def _kept(journal: Path) -> Iterator[Row]:
 
 
 @contextmanager
-def _appending(
-    journal: Path, about: Mapping[str, Any], known: Sequence[Row]
-) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """Writes answers to the journal, on disk when it returns."""
+def _appending(journal: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Writes answers behind those that are there, on disk when it returns; a last line that was cut off goes."""
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("w", encoding="utf-8") as sink:
+    with journal.open("ab") as sink:
 
         def keep(rows: Sequence[Mapping[str, Any]]) -> None:
-            sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            sink.writelines(json.dumps(row).encode("ascii") + b"\n" for row in rows)
             sink.flush()
             os.fsync(sink.fileno())
 
-        keep([about, *known])
+        whole = journal.read_bytes().rfind(b"\n") + 1
+        sink.truncate(whole)
+        if not whole:
+            keep([about])
         yield keep
 
 
@@ -241,15 +269,23 @@ def _reader(file: Path) -> Callable[[Path], Iterator[Any]]:
 
 
 def _read_csv(file: Path) -> Iterator[Row | RequestError]:
+    csv.field_size_limit(LONGEST_CELL)
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as source:
         reader = csv.DictReader(source, restkey="")
-        for row in reader:
-            if "" in row:
-                yield RequestError(
-                    "invalid_input", f"line {reader.line_num} has more cells than the header", mend="Quote the text."
-                )
-            else:
-                yield row
+        try:
+            for row in reader:
+                if "" in row:
+                    yield RequestError(
+                        "invalid_input",
+                        f"line {reader.line_num} has more cells than the header",
+                        mend="Quote the text.",
+                    )
+                else:
+                    yield row
+        except csv.Error as error:
+            raise SourceError(
+                f"it is no CSV: {error}", where=f"{file}, line {reader.line_num}", mend="Mend it."
+            ) from None
 
 
 def _read_jsonl(file: Path) -> Iterator[Row | RequestError]:
@@ -285,6 +321,7 @@ def _columns(file: Path) -> list[str]:
         except pyarrow.ArrowException as error:
             raise SourceError(f"this is no Parquet file: {error}", where=str(file), mend="Check the file.") from None
     if file.suffix == ".csv":
+        csv.field_size_limit(LONGEST_CELL)
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as source:
             return next(csv.reader(source), [])
     return list(next((row for row in _read_jsonl(file) if isinstance(row, dict)), {}))
@@ -306,17 +343,39 @@ def _check_columns(columns: Sequence[str], file: Path, column: str) -> None:
         )
 
 
+def _as_read(error: UnicodeError) -> tuple[bytes, int]:
+    """Bytes that were no UTF-8 are written as they came; half of a surrogate pair, which UTF-8 has not, as U+FFFD."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = map(ord, error.object[error.start : error.end])
+    written = (bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "\ufffd".encode() for code in codes)
+    return b"".join(written), error.end
+
+
+AS_READ = "ft_as_read"
+codecs.register_error(AS_READ, _as_read)
+
+
+def _whole(text: str) -> str:
+    """`text` without what UTF-8 has not."""
+    return text.encode("utf-8", AS_READ).decode("utf-8", "replace")
+
+
 def _write_csv(out: Path, source: Path, columns: Sequence[str], rows: Iterator[Row]) -> None:
-    with out.open("w", newline="", encoding="utf-8", errors="surrogateescape") as sink:
+    with out.open("w", newline="", encoding="utf-8", errors=AS_READ) as sink:
         writer = csv.DictWriter(sink, [*columns, *ANSWER], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def _write_jsonl(out: Path, source: Path, columns: Sequence[str], rows: Iterator[Row]) -> None:
-    with out.open("w", encoding="utf-8", errors="surrogateescape") as sink:
+    with out.open("wb") as sink:
         for row in rows:
-            sink.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            try:
+                line = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:  # half of a surrogate pair
+                line = json.dumps(row, default=str).encode("ascii")
+            sink.write(line + b"\n")
 
 
 def _write_parquet(out: Path, source: Path, columns: Sequence[str], rows: Iterator[Row]) -> None:
@@ -332,10 +391,10 @@ def _write_parquet(out: Path, source: Path, columns: Sequence[str], rows: Iterat
     for name in (*columns, *ANSWER):
         values = [row.get(name) for row in kept]
         try:
-            arrays[name] = pyarrow.array(values, type=types.get(name))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # cells of different types
-            written = [one if isinstance(one, str | None) else json.dumps(one, ensure_ascii=False) for one in values]
-            arrays[name] = pyarrow.array(written, type=text)
+            arrays[_whole(name)] = pyarrow.array(values, type=types.get(name))
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, UnicodeEncodeError):  # cells of different types, no UTF-8
+            told = (one if isinstance(one, str | None) else json.dumps(one, ensure_ascii=False) for one in values)
+            arrays[_whole(name)] = pyarrow.array([one and _whole(one) for one in told], type=text)
     pyarrow.parquet.write_table(pyarrow.table(arrays), out)
 
 

@@ -39,7 +39,7 @@ from ft_assets.training.failures import failed_results
 from ft_assets.training.jobs import ACTOR
 from ft_assets.training.searching import trials as search
 from ft_resources.base_models import resolve as resolve_base
-from ft_resources.environments import REPOSITORY, Environment
+from ft_resources.environments import REPOSITORY, Environment, ServiceSettings
 from ft_resources.errors import ArtefactError, FtError, GateRefusal, SpecError
 from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
@@ -477,7 +477,7 @@ class Platform:
     def _scorer(self) -> "Scorer":
         from bento.scorer import Scorer
 
-        return Scorer.open(self.lake, self.ledger)
+        return Scorer.of(self.environment, ServiceSettings.read(), self.lake, self.ledger)
 
     def predict(
         self,
@@ -603,7 +603,8 @@ class Platform:
                 "an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because."
             )
         self._complete(spec.full_name)
-        candidate = promotion.examine(self.lake, self.ledger, spec)
+        engine = self.environment.generation_engine
+        candidate = promotion.examine(self.lake, self.ledger, spec, engine=engine)
         live = self.ledger.live_release(spec.full_name)
         if live is not None and live["adapter"] == candidate.adapter:
             raise GateRefusal(
@@ -618,7 +619,9 @@ class Platform:
             actor=self.environment.actor,
             because=because,
         )
-        release, _ = promotion.release(self.lake, self.ledger, spec, actor=self.environment.actor, because=because)
+        release, _ = promotion.release(
+            self.lake, self.ledger, spec, actor=self.environment.actor, because=because, engine=engine
+        )
         self.registry.set_alias(spec.full_name, "champion", release["model_version"])
         return release
 

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import sqlalchemy as sa
+
+from ft_resources import ledger_schema as schema
 from ft_resources.errors import SpecError
+from ft_resources.ledger_store import LedgerStore, now
 
 Role = Literal["reader", "owner", "admin"]
 ROLES: tuple[Role, ...] = ("reader", "owner", "admin")
@@ -103,6 +107,11 @@ def make(
     return key, f"ft_{key_id}_{secret}"
 
 
+def made_by(name: str, key_id: str) -> str:
+    """`created_by` of keys that are made with another key. No name holds a slash."""
+    return f"{name}/{key_id}" if key_id else name
+
+
 def key_id(shown: bytes) -> str | None:
     """The id in a key; None when it is not one."""
     match = _KEY.fullmatch(shown)
@@ -116,3 +125,54 @@ def has_prefix(shown: bytes) -> bool:
 
 def _hash(salt: bytes, secret: bytes) -> bytes:
     return hashlib.sha256(salt + secret).digest()
+
+
+class KeyRecords(LedgerStore):
+    """The keys in the ledger."""
+
+    def add_key(self, key: ApiKey) -> None:
+        """Store a key.
+
+        Raises:
+            SpecError: A valid key has its name.
+        """
+        table = schema.api_keys
+        with self._write() as connection:
+            self._serialise(connection)
+            rows = connection.execute(sa.select(table).where(table.c.name == key.name)).mappings()
+            if any(ApiKey.of_row(row).valid(key.created_at) for row in rows):
+                raise SpecError(f"there is a key '{key.name}'", mend="Revoke it first, or choose another name.")
+            connection.execute(table.insert().values(**key.row()))
+            detail = {"role": key.role, "tasks": sorted(key.tasks) if key.tasks is not None else None, "id": key.id}
+            self._audit(connection, key.created_by, "create_key", "", key.name, detail)
+
+    def api_keys(self) -> list[ApiKey]:
+        """Every key, revoked ones too, oldest first."""
+        table = schema.api_keys
+        return [ApiKey.of_row(row) for row in self._rows(sa.select(table).order_by(table.c.created_at, table.c.id))]
+
+    def revoke_key(self, name: str, actor: str) -> list[str]:
+        """From now on the key opens nothing, nor do the keys made with it; services know within a second.
+
+        Returns:
+            Names of the keys made with it, directly or not, that are revoked too.
+
+        Raises:
+            SpecError: No unrevoked key has this name.
+        """
+        table = schema.api_keys
+        with self._write() as connection:
+            self._serialise(connection)
+            rows = connection.execute(sa.select(table).where(table.c.revoked_at.is_(None))).mappings()
+            open_keys = [ApiKey.of_row(row) for row in rows]
+            revoked = [key for key in open_keys if key.name == name]
+            if not revoked:
+                raise SpecError(f"there is no key '{name[:80]}' to revoke", mend="See ft key list.")
+            for maker in revoked:  # which grows meanwhile
+                made = made_by(maker.name, maker.id)
+                revoked += [key for key in open_keys if key.created_by == made]
+            change = table.update().where(table.c.id.in_([key.id for key in revoked])).values(revoked_at=now())
+            connection.execute(change)
+            others = sorted({key.name for key in revoked} - {name})
+            self._audit(connection, actor, "revoke_key", "", name, {"made_with_it": others} if others else {})
+        return others

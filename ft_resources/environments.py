@@ -14,6 +14,7 @@ from ft_resources.errors import SpecError
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deployments" / "recipes"
 ADAPTER_MEMORY_MB = 512
+REQUEST_TOKENS = 131_072
 
 
 def source_digest(*names: str) -> str:
@@ -215,7 +216,7 @@ class ServiceSettings:
             cors_origins=tuple(origin.strip() for origin in origins if origin.strip()),
             rate_limit=_amount("FT_RATE_LIMIT", get("FT_RATE_LIMIT")),
             request_seconds=_amount("FT_REQUEST_SECONDS", get("FT_REQUEST_SECONDS")) or 300.0,
-            request_tokens=_positive("FT_REQUEST_TOKENS", get("FT_REQUEST_TOKENS") or "131072"),
+            request_tokens=_positive("FT_REQUEST_TOKENS", get("FT_REQUEST_TOKENS") or str(REQUEST_TOKENS)),
             content_filter=get("FT_CONTENT_FILTER") or "",
             content_words=get("FT_CONTENT_WORDS") or "",
             drain_seconds=_amount("FT_DRAIN_SECONDS", get("FT_DRAIN_SECONDS")) or 2.0,

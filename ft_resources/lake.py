@@ -415,6 +415,11 @@ def _walk(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, in hexadecimal, by its path in it."""
+    return {name: _sha256(path) for name, path in _walk(folder)}
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

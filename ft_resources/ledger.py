@@ -1,35 +1,23 @@
-"""The store of decisions and events: releases, routes, predictions, feedback, training runs, audit.
-
-SQLite in WAL mode by default, PostgreSQL in production; the schema is kept by Alembic (`migrations/`). A write
-transaction of SQLite takes the write lock at its start, so that writers queue instead of failing half-way.
-"""
+"""The store of decisions and events: releases, routes, predictions, feedback, training runs, keys, audit."""
 
 import hashlib
-import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
 import sqlalchemy as sa
 
 from ft_resources import ledger_schema as schema
-from ft_resources import training_runs as trainings
-from ft_resources.api_keys import ApiKey
-from ft_resources.errors import ArtefactError, GateRefusal, RequestError, SpecError
-
-GENESIS = "0" * 64
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
+from ft_resources.api_keys import KeyRecords
+from ft_resources.errors import GateRefusal, RequestError
+from ft_resources.ledger_store import now
+from ft_resources.training_runs import TrainingRecords
 
 
-class Ledger:
-    """Opens the ledger and brings its schema up to date.
+class Ledger(KeyRecords, TrainingRecords):
+    """Opens the ledger and brings its schema up to date. Keys and training runs are kept by the classes below it.
 
     Args:
         url: SQLAlchemy URL, such as `sqlite:////data/ledger.db` or `postgresql+psycopg2://...`.
@@ -37,52 +25,6 @@ class Ledger:
     Raises:
         ArtefactError: The database cannot be opened.
     """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        try:
-            parsed = sa.make_url(url)
-            self._sqlite = parsed.get_backend_name() == "sqlite"
-            if self._sqlite and parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            waiting = {"connect_args": {"timeout": 60}} if self._sqlite else {}
-            # errors end up in logs, where neither inputs nor keys may stand
-            self._engine = sa.create_engine(url, hide_parameters=True, **waiting)
-        except (sa.exc.ArgumentError, ImportError, OSError) as error:
-            raise ArtefactError(
-                f"the ledger cannot be opened: {error}",
-                where="FT_LEDGER",
-                mend="Write sqlite:////path/to/ledger.db or postgresql+psycopg2://user@host/name.",
-            ) from error
-        if self._sqlite:
-            sa.event.listen(self._engine, "connect", _prepare_sqlite)
-            sa.event.listen(self._engine, "begin", _begin_sqlite)
-        try:
-            schema.upgrade(self._engine, url)
-        except (sa.exc.DatabaseError, schema.UnknownRevisionError, OSError) as error:
-            self._engine.dispose()
-            raise ArtefactError(
-                f"the ledger cannot be opened: {getattr(error, 'orig', None) or error}",
-                where=parsed.render_as_string(hide_password=True),
-                mend="Check that it is a database of this platform and that it can be written.",
-            ) from error
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
-            yield connection
-
-    def _rows(self, query: sa.Executable) -> list[dict[str, Any]]:
-        with self._read() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
 
     # -- releases and routes ------------------------------------------------------------------------------------
 
@@ -395,158 +337,3 @@ class Ledger:
                 "origin": ["feedback"] * len(rows),
             }
         )
-
-    # -- training runs ------------------------------------------------------------------------------------------
-
-    def record_training(self, run: trainings.TrainingRun) -> None:
-        """Store a training that ended; recording the same run again replaces it.
-
-        Raises:
-            ArtefactError: An unknown status, or a time without a zone.
-        """
-        values, table = run.values(), schema.training_runs
-        with self._write() as connection:
-            connection.execute(table.delete().where(table.c.run_id == run.run_id))
-            connection.execute(table.insert().values(**values))
-
-    def training_runs(
-        self,
-        task: str | None = None,
-        *,
-        status: str | None = None,
-        min_accuracy: float | None = None,
-        max_seconds: float | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> pd.DataFrame:
-        """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
-
-        Args:
-            status: `FINISHED`, `FAILED` or `PRUNED`.
-            min_accuracy: On the validation rows; runs without one don't fit.
-            max_seconds: Of wall time; runs without one don't fit.
-            since: Started then or later; `until`: started before. Aware datetimes.
-        """
-        query = trainings.select(task, status, min_accuracy, max_seconds, since, until)
-        return trainings.frame(self._rows(query))
-
-    def training_statistics(self, by: trainings.Grouping, task: str | None = None) -> pd.DataFrame:
-        """Trainings counted and summed by a column, most runs first.
-
-        Returns:
-            Columns: `by`, runs, finished, failed, pruned, best_accuracy, mean_accuracy, best_macro_f1, mean_seconds,
-            seconds, peak_memory_bytes, energy_wh, cost, newest.
-        """
-        query = trainings.statistics(by, task)
-        return pd.DataFrame(self._rows(query), columns=[column.name for column in query.selected_columns])
-
-    # -- API keys -----------------------------------------------------------------------------------------------
-
-    def add_key(self, key: ApiKey) -> None:
-        """Store a key.
-
-        Raises:
-            SpecError: A valid key has its name.
-        """
-        table = schema.api_keys
-        with self._write() as connection:
-            self._serialise(connection)
-            rows = connection.execute(sa.select(table).where(table.c.name == key.name)).mappings()
-            if any(ApiKey.of_row(row).valid(key.created_at) for row in rows):
-                raise SpecError(f"there is a key '{key.name}'", mend="Revoke it first, or choose another name.")
-            connection.execute(table.insert().values(**key.row()))
-            detail = {"role": key.role, "tasks": sorted(key.tasks) if key.tasks is not None else None, "id": key.id}
-            self._audit(connection, key.created_by, "create_key", "", key.name, detail)
-
-    def api_keys(self) -> list[ApiKey]:
-        """Every key, revoked ones too, oldest first."""
-        table = schema.api_keys
-        return [ApiKey.of_row(row) for row in self._rows(sa.select(table).order_by(table.c.created_at, table.c.id))]
-
-    def revoke_key(self, name: str, actor: str) -> None:
-        """From now on the key opens nothing; services know within a second.
-
-        Raises:
-            SpecError: No unrevoked key has this name.
-        """
-        table = schema.api_keys
-        with self._write() as connection:
-            change = table.update().where(table.c.name == name, table.c.revoked_at.is_(None)).values(revoked_at=now())
-            if connection.execute(change).rowcount == 0:
-                raise SpecError(f"there is no key '{name[:80]}' to revoke", mend="See ft key list.")
-            self._audit(connection, actor, "revoke_key", "", name, {})
-
-    # -- audit --------------------------------------------------------------------------------------------------
-
-    def audit(self, actor: str, action: str, task: str, subject: str, detail: Mapping[str, Any]) -> None:
-        """Append an event to the hash chain."""
-        with self._write() as connection:
-            self._audit(connection, actor, action, task, subject, detail)
-
-    def _serialise(self, connection: sa.Connection) -> None:
-        """Writers of decisions take turns; SQLite's BEGIN IMMEDIATE does that already."""
-        if not self._sqlite:
-            connection.exec_driver_sql("LOCK TABLE audit IN EXCLUSIVE MODE")
-
-    def _audit(
-        self, connection: sa.Connection, actor: str, action: str, task: str, subject: str, detail: Mapping[str, Any]
-    ) -> None:
-        table = schema.audit
-        self._serialise(connection)
-        last = connection.execute(sa.select(table.c.hash).order_by(table.c.id.desc()).limit(1)).scalar() or GENESIS
-        event = {
-            "at": now().isoformat(),
-            "actor": actor,
-            "action": action,
-            "task": task,
-            "subject": subject,
-            "detail": json.dumps(dict(detail), sort_keys=True),
-        }
-        connection.execute(table.insert().values(**event, previous_hash=last, hash=_chain(last, event)))
-
-    def audit_events(self, task: str | None = None) -> list[dict[str, Any]]:
-        """Events oldest first.
-
-        Raises:
-            ArtefactError: An event was changed, removed or inserted after the fact.
-        """
-        previous = GENESIS
-        decided = [row["id"] for row in self._rows(sa.select(schema.releases.c.id))]  # first: events only get more
-        events = self._rows(sa.select(schema.audit).order_by(schema.audit.c.id))
-        for row in events:
-            event = {key: row[key] for key in ("at", "actor", "action", "task", "subject", "detail")}
-            if row["previous_hash"] != previous or row["hash"] != _chain(previous, event):
-                raise ArtefactError(
-                    f"audit event {row['id']} does not continue the chain",
-                    where=sa.make_url(self.url).render_as_string(hide_password=True),
-                    mend="Events were tampered with; compare with a backup.",
-                )
-            previous = row["hash"]
-        # the newest events could go without breaking the chain
-        silent = sorted(set(decided) - {row["subject"] for row in events})
-        if silent:
-            raise ArtefactError(
-                f"release {silent[0]} has no audit event",
-                where=sa.make_url(self.url).render_as_string(hide_password=True),
-                mend="Events were tampered with; compare with a backup.",
-            )
-        return [row for row in events if task is None or row["task"] == task]
-
-
-def _chain(previous: str, event: Mapping[str, str]) -> str:
-    return hashlib.sha256((previous + json.dumps(dict(event), sort_keys=True)).encode()).hexdigest()
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":  # reads never wait for a writer
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the begin event opens transactions, not the driver
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=60000")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()

@@ -22,8 +22,9 @@ def provenance() -> dict[str, Any]:
 
     Returns:
         `code` (`commit`, `dirty`; both None outside a git checkout), `packages` (name to version, None when it is not
-        installed), `hardware` (`cpu`, `cores` and `memory_bytes` that this process may use, `bf16_cpu`: instruction
-        sets for it, `gpus`, `bf16_gpu`) and `system`. `gpus` and `bf16_gpu` are None where torch is not loaded.
+        installed), `hardware` (`cpu`, `cores` and `memory_bytes` that this process may use, `bf16_cpu` and `int8_cpu`:
+        instruction sets for them, `gpus`, `bf16_gpu`) and `system`. `gpus` and `bf16_gpu` are None where torch is not
+        loaded.
     """
     return {
         "code": code(),
@@ -80,6 +81,7 @@ def _cpu() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": memory_limit(),
         "bf16_cpu": sorted(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}),
+        "int8_cpu": sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"}),
     }
 
 

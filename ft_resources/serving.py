@@ -22,7 +22,7 @@ from ft_resources import images
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import ServiceError
-from ft_resources.lake import digest_of
+from ft_resources.lake import digest_of, file_hashes
 
 SERVICE = "bento.service:AdapterService"
 CODE = ("bento", "ft_resources")
@@ -93,6 +93,10 @@ class BentoStore:
         source = [path for path in files if "__pycache__" not in path.parts]
         return digest_of({str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in source})
 
+    def packages_digest(self) -> str:
+        """Digest of the packages that the image installs, so that other versions make another Bento."""
+        return digest_of(images.pinned(images.packages(REQUIREMENTS)))
+
     def has(self, tag: str) -> bool:
         return (self.folder(tag) / "bento.yaml").is_file()
 
@@ -109,7 +113,8 @@ class BentoStore:
         """Build the Bento that serves one adapter offline.
 
         Args:
-            release: What is baked in as `release.json`: task, model_version, adapter digest, base reference.
+            release: What is baked in as `release.json`: task, model_version, adapter digest, base reference; the
+                hashes of the adapter's files are added.
 
         Returns:
             The Bento's tag, NAME:VERSION.
@@ -124,7 +129,8 @@ class BentoStore:
                 shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copytree(adapter, folder / "models" / "adapter")
             shutil.copytree(base.path, folder / "models" / "base", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
-            (folder / "release.json").write_text(json.dumps(dict(release), indent=1, sort_keys=True))
+            baked = {**release, "files": file_hashes(folder / "models" / "adapter")}
+            (folder / "release.json").write_text(json.dumps(baked, indent=1, sort_keys=True))
             (folder / "requirements.txt").write_text(images.pinned(images.packages(REQUIREMENTS)))
             (folder / "bentofile.yaml").write_text(
                 json.dumps(

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from ft_resources.errors import ArtefactError
 from ft_resources.ledger_schema import training_runs as table
+from ft_resources.ledger_store import LedgerStore
 
 STATUSES = ("FINISHED", "FAILED", "PRUNED")
 Grouping = Literal["task", "base", "template", "method", "training_rows_digest"]
@@ -154,3 +155,49 @@ def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
     if task is not None:
         query = query.where(columns.task == task)
     return query.group_by(columns[by]).order_by(runs.desc(), columns[by])
+
+
+class TrainingRecords(LedgerStore):
+    """The training runs in the ledger."""
+
+    def record_training(self, run: TrainingRun) -> None:
+        """Store a training that ended; recording the same run again replaces it.
+
+        Raises:
+            ArtefactError: An unknown status, or a time without a zone.
+        """
+        values = run.values()
+        with self._write() as connection:
+            connection.execute(table.delete().where(table.c.run_id == run.run_id))
+            connection.execute(table.insert().values(**values))
+
+    def training_runs(
+        self,
+        task: str | None = None,
+        *,
+        status: str | None = None,
+        min_accuracy: float | None = None,
+        max_seconds: float | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> pd.DataFrame:
+        """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
+
+        Args:
+            status: `FINISHED`, `FAILED` or `PRUNED`.
+            min_accuracy: On the validation rows; runs without one don't fit.
+            max_seconds: Of wall time; runs without one don't fit.
+            since: Started then or later; `until`: started before. Aware datetimes.
+        """
+        query = select(task, status, min_accuracy, max_seconds, since, until)
+        return frame(self._rows(query))
+
+    def training_statistics(self, by: Grouping, task: str | None = None) -> pd.DataFrame:
+        """Trainings counted and summed by a column, most runs first.
+
+        Returns:
+            Columns: `by`, runs, finished, failed, pruned, best_accuracy, mean_accuracy, best_macro_f1, mean_seconds,
+            seconds, peak_memory_bytes, energy_wh, cost, newest.
+        """
+        query = statistics(by, task)
+        return pd.DataFrame(self._rows(query), columns=[column.name for column in query.selected_columns])

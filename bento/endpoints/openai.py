@@ -2,18 +2,16 @@
 
 import asyncio
 import base64
-import contextlib
-import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+import uuid
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
-from bento.auth import Caller, permit
-from bento.backend import Backend, about, backend_of, errors, record_cut_off, while_connected
+from bento.auth import Caller
+from bento.backend import about, backend_for, backend_of, errors, while_connected
+from bento.endpoints.openai_stream import ChatEvents, CompletionEvents, stream, usage_of
 from bento.endpoints.predictions import written
 from bento.openai_protocol import (
     AnswerMessage,
@@ -28,13 +26,11 @@ from bento.openai_protocol import (
     EmbeddingResponse,
     EmbeddingUsage,
     Generating,
-    Usage,
 )
-from bento.protocol import LiveShare, Model, ModelsResponse, error_content
+from bento.protocol import LiveShare, Model, ModelsResponse
 from bento.request_log import Prediction
 from bento.routing import Route, RouteEntry
-from bento.streaming import DONE, EventStream, event
-from bento.texts import Asked, Prompted, Running, Writer, wrong_type
+from bento.texts import Asked, Prompted, Writer, wrong_type
 from ft_resources.errors import RequestError
 
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -56,7 +52,12 @@ def add_openai(app: FastAPI) -> None:
 
 
 async def chat(body: ChatRequest, request: Request) -> Response:
-    """Answer a conversation, at once or as a stream. The answer is recorded before its end is sent."""
+    """Answer a conversation, at once or as a stream.
+
+    An answer is recorded before it is sent, with one exception: the pieces of a stream are sent as they are written.
+    Their answer is recorded before the event with its `finish_reason` is sent, or as `cancelled` when the caller
+    leaves or the time of the request is over; an error event instead says that it is not recorded.
+    """
     writer = await _writer(body, request)
     turns = [one.turn for one in body.messages]
     given: Any = turns
@@ -66,11 +67,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         if body.json_schema is not None:
             raise wrong_type(body.task, "declares the fields of its answers itself", "Leave response_format out.")
         given = turns[0].content
-    prompted = await asyncio.to_thread(
-        writer.prompted, _asked(body, request), [given], body.parameters, schema=body.json_schema
-    )
+    with request.state.phases("tokenise"):
+        prompted = await asyncio.to_thread(
+            writer.prompted, _asked(body, request), [given], body.parameters, schema=body.json_schema
+        )
     if body.stream:
-        return _stream(request, prompted, _ChatEvents(_head(prompted, "chat.completion.chunk"), body.with_usage))
+        return stream(request, prompted, ChatEvents(_head(prompted, "chat.completion.chunk"), body.with_usage))
     (prediction,) = await _all_written(request, prompted)
     head, text = _head(prompted, "chat.completion"), prediction.text
     assert text is not None and text.finish_reason != "cancelled"
@@ -79,19 +81,22 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         id=f"chatcmpl-{prediction.prediction_id}",
         prediction_id=prediction.prediction_id,
         choices=[ChatChoice(message=AnswerMessage(content=text.output), finish_reason=text.finish_reason)],
-        usage=_usage([prediction]),
+        usage=usage_of([prediction]),
     )
     return _json(answer)
 
 
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Continue texts as they are, at once or one as a stream."""
+    """Continue texts as they are, at once or one as a stream. They are recorded as those of chats are."""
     writer = await _writer(body, request)
     if writer.extracts:
         raise wrong_type(body.task, "reads fields out of a document", "Use /predict or /v1/chat/completions.")
-    prompted = await asyncio.to_thread(writer.prompted, _asked(body, request), body.prompts, body.parameters, raw=True)
+    with request.state.phases("tokenise"):
+        prompted = await asyncio.to_thread(
+            writer.prompted, _asked(body, request), body.prompts, body.parameters, raw=True
+        )
     if body.stream:
-        return _stream(request, prompted, _CompletionEvents(_head(prompted, "text_completion"), body.with_usage))
+        return stream(request, prompted, CompletionEvents(_head(prompted, "text_completion"), body.with_usage))
     predictions = await _all_written(request, prompted)
     choices = []
     for index, prediction in enumerate(predictions):
@@ -105,7 +110,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         **_head(prompted, "text_completion"),
         id=f"cmpl-{predictions[0].prediction_id}",
         choices=choices,
-        usage=_usage(predictions),
+        usage=usage_of(predictions),
     )
     return _json(answer)
 
@@ -117,14 +122,15 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
     """
     from bento.admitted import Measured
 
-    permit(request, body.task)
-    backend, state = backend_of(request), request.state
-    chosen = await asyncio.to_thread(backend.scorer.choose, body.task, body.user, state.trace_id, body.model_version)
+    backend, state = backend_for(request, body.task), request.state
+    chosen = await asyncio.to_thread(backend.scorer.choose, body.task, body.user, _key(), body.model_version)
     about(request, body.task, chosen.entry)
-    backend.scorer.allow(body.task, body.texts)
+    await asyncio.to_thread(backend.scorer.allow, body.task, body.texts)
     if isinstance(chosen, Writer):
-        vectors = await asyncio.to_thread(chosen.engine.embed, body.texts, chosen.adapter)
-        tokens = sum(len(chosen.engine.tokens(text)) for text in body.texts)
+        with state.phases("compute"):
+            embedding = backend.embedder.submit(chosen, body.texts)
+            embedded = await while_connected(request, asyncio.wrap_future(embedding))
+        vectors, tokens = embedded.vectors, embedded.tokens
     else:
         pieces = await asyncio.to_thread(chosen.pieces, body.texts)
         costs = [len(piece.encoded.ids) for piece in pieces]
@@ -168,8 +174,7 @@ async def models(request: Request) -> ModelsResponse:
 async def model(model: str, request: Request) -> Model:
     """One released task, or one version of it as `task@model_version`."""
     task, _, version = model.rpartition("@") if "@" in model else (model, "", "")
-    permit(request, task)
-    route = backend_of(request).scorer.table.route(task)
+    route = backend_for(request, task).scorer.table.route(task)
     if version:
         route.version(version)
     return _model(model, route)
@@ -196,14 +201,17 @@ def _model(name: str, route: Route) -> Model:
 
 
 async def _writer(body: Generating, request: Request) -> Writer:
-    permit(request, body.task)
-    chosen = await asyncio.to_thread(
-        backend_of(request).scorer.choose, body.task, body.user, request.state.trace_id, body.model_version
-    )
+    backend = backend_for(request, body.task)
+    chosen = await asyncio.to_thread(backend.scorer.choose, body.task, body.user, _key(), body.model_version)
     about(request, body.task, chosen.entry)
     if not isinstance(chosen, Writer):
         raise wrong_type(body.task, "answers with a label, it writes no text", "Use /predict.")
     return chosen
+
+
+def _key() -> str:
+    """What decides between the live shares for callers without a user: callers may choose their trace id."""
+    return uuid.uuid4().hex
 
 
 def _asked(body: Generating, request: Request) -> Asked:
@@ -238,12 +246,6 @@ def _head(prompted: Prompted, kind: str) -> dict[str, Any]:
     }
 
 
-def _usage(predictions: Sequence[Prediction]) -> Usage:
-    texts = [one.text for one in predictions if one.text is not None]
-    read, wrote = sum(one.prompt_tokens for one in texts), sum(one.completion_tokens for one in texts)
-    return Usage(prompt_tokens=read, completion_tokens=wrote, total_tokens=read + wrote)
-
-
 def _encoded(vector: np.ndarray, form: str | None) -> list[float] | str:
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -252,117 +254,3 @@ def _encoded(vector: np.ndarray, form: str | None) -> list[float] | str:
 
 def _json(answer: Any) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-@dataclass(frozen=True)
-class _Events:
-    """The events of one stream, as OpenAI's clients read them."""
-
-    head: dict[str, Any]
-    with_usage: bool
-
-    def start(self, name: str) -> bytes:
-        """Before the first piece of text."""
-        raise NotImplementedError
-
-    def piece(self, name: str, text: str) -> bytes:
-        """A piece of text."""
-        raise NotImplementedError
-
-    def end(self, name: str, reason: str) -> bytes:
-        """After the last one."""
-        raise NotImplementedError
-
-    def usage(self, name: str, usage: Usage) -> bytes:
-        return self._event(name, [], usage=usage.model_dump())
-
-    def _event(self, name: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        usage = {"usage": None} if self.with_usage else {}
-        about = {"id": f"{self.prefix}{name}", **self.head, "prediction_id": name}
-        return event(json.dumps({**about, "choices": choices, **usage, **more}, ensure_ascii=False))
-
-    @property
-    def prefix(self) -> str:
-        raise NotImplementedError
-
-
-class _ChatEvents(_Events):
-    prefix = "chatcmpl-"
-
-    def start(self, name: str) -> bytes:
-        return self._delta(name, {"role": "assistant", "content": ""}, None)
-
-    def piece(self, name: str, text: str) -> bytes:
-        return self._delta(name, {"content": text}, None)
-
-    def end(self, name: str, reason: str) -> bytes:
-        return self._delta(name, {}, reason)
-
-    def _delta(self, name: str, delta: dict[str, str], reason: str | None) -> bytes:
-        return self._event(name, [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}])
-
-
-class _CompletionEvents(_Events):
-    prefix = "cmpl-"
-
-    def start(self, name: str) -> bytes:
-        return b""
-
-    def piece(self, name: str, text: str) -> bytes:
-        return self._event(name, [{"index": 0, "text": text, "logprobs": None, "finish_reason": None}])
-
-    def end(self, name: str, reason: str) -> bytes:
-        return self._event(name, [{"index": 0, "text": "", "logprobs": None, "finish_reason": reason}])
-
-
-def _stream(request: Request, prompted: Prompted, events: _Events) -> Response:
-    """Starts to generate: what is refused is refused before the stream begins."""
-    (prompt,) = prompted.prompts
-    if isinstance(prompt, RequestError):
-        raise prompt
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def hand_over(piece: str | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    running = Running(prompted, prompt, hand_over)
-    running.generation.future.add_done_callback(lambda _: hand_over(None))
-    return EventStream(_events(request, backend_of(request), running, pieces, events))
-
-
-async def _events(
-    request: Request, backend: Backend, running: Running, pieces: "asyncio.Queue[str | None]", events: _Events
-) -> AsyncGenerator[bytes, None]:
-    """The stream of one answer; when it is closed early the generation ends and what there is is recorded."""
-    from bento.admitted import Answers
-
-    state, prompt, over = request.state, running.prompt, False
-    try:
-        yield events.start(prompt.prediction_id)
-        filtered = running.prompted.content_filter is not None  # nothing is sent before the whole was looked at
-        while (piece := await pieces.get()) is not None:
-            if not filtered:
-                yield events.piece(prompt.prediction_id, piece)
-        over = True
-        try:
-            prediction = running.outcome()
-            await asyncio.to_thread(backend.scorer.record, [Answers([prediction])])
-        except RequestError as error:
-            state.outcome = error.error_code
-            yield event(json.dumps(error_content(error, state.trace_id, request.url.path)[0]))
-            return
-        text, usage = prediction.text, _usage([prediction])
-        assert text is not None
-        if filtered:
-            yield events.piece(prompt.prediction_id, text.output)
-        state.predictions, state.tokens = 1, (usage.prompt_tokens, usage.completion_tokens)
-        yield events.end(prompt.prediction_id, text.finish_reason)
-        if events.with_usage:
-            yield events.usage(prompt.prediction_id, usage)
-        yield DONE
-    finally:
-        if not over:
-            state.outcome = "cancelled"
-            record_cut_off(backend, [running.cut_off()])

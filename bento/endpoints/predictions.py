@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from bento.auth import permit
-from bento.backend import Backend, CallerGone, about, backend_of, errors, record_cut_off, while_connected
+from bento.backend import Backend, CallerGone, about, backend_for, backend_of, errors, record_cut_off, while_connected
 from bento.endpoints.body_route import BodyRoute
 from bento.protocol import (
     ExplainRequest,
@@ -47,8 +48,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
     """
     from bento.admitted import Answers
 
-    permit(request, body.task)
-    backend, state = backend_of(request), request.state
+    backend, state = backend_for(request, body.task), request.state
     scorer = backend.scorer
     with state.phases("tokenise"):
         if scorer.is_quick(body):
@@ -99,14 +99,19 @@ async def written(request: Request, backend: Backend, prompted: Prompted) -> Seq
         try:
             results = await while_connected(request, asyncio.wrap_future(work.future))
         except (CallerGone, asyncio.CancelledError):
-            record_cut_off(backend, work.cut_off())
+            record_cut_off(backend, prompted, work.cut_off())
             raise
-    answers = Answers(results)
+
+    def record() -> Answers:
+        answers = Answers(prompted.checked(results))
+        backend.scorer.record([answers])
+        return answers
+
     with state.phases("log"):
-        await asyncio.to_thread(backend.scorer.record, [answers])
+        answers = await asyncio.to_thread(record)
     texts = [one.text for one in answers.predictions if one.text is not None]
     state.tokens = (sum(one.prompt_tokens for one in texts), sum(one.completion_tokens for one in texts))
-    return results
+    return answers.results
 
 
 def answered(results: Sequence[Prediction | RequestError]) -> list[PredictResult | TextResult | FailedResult]:
@@ -160,13 +165,12 @@ async def explain(body: ExplainRequest, request: Request) -> ExplainResponse:
     from bento.explanation import Question, visible
     from bento.texts import wrong_type
 
-    permit(request, body.task)
-    backend, state = backend_of(request), request.state
-    chosen = await asyncio.to_thread(backend.scorer.choose, body.task, None, state.trace_id, body.model_version)
+    backend, state = backend_for(request, body.task), request.state
+    chosen = await asyncio.to_thread(backend.scorer.choose, body.task, None, uuid.uuid4().hex, body.model_version)
     about(request, body.task, chosen.entry)
     if not isinstance(chosen, Classifier):
         raise wrong_type(body.task, "writes texts; only labels are explained", "Ask for a classification task.")
-    backend.scorer.allow(body.task, [body.input])
+    await asyncio.to_thread(backend.scorer.allow, body.task, [body.input])
     text = await asyncio.to_thread(visible, body.input, chosen.tokens)
     question = Question(text)
     pieces = await asyncio.to_thread(chosen.pieces, question.texts)

@@ -133,6 +133,10 @@ class Cache:
         """Free a slot; see `Lane.release`."""
         place.lane.release(place, wipe=wipe)
 
+    def clear(self) -> None:
+        """Forget all lanes, and whoever has a slot."""
+        self.lanes.clear()
+
     def _size(self, length: int, slots: int) -> int:
         return 2 * self._layers * self._heads * self._width * self._dtype.itemsize * length * slots
 

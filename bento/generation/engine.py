@@ -6,8 +6,8 @@ in chunks as in Sarathi-Serve, arXiv:2403.02310). Every answer depends on its ow
 floating-point rounding.
 """
 
+import logging
 import threading
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from bento.generation.manifest import read_generation_manifest
 from bento.generation.model import Decoder
 from bento.generation.prompts import Prompts
 from bento.generation.sampling import choose
-from bento.generation.scheduling import Request, shares
+from bento.generation.scheduling import Request, Waiting, shares
 from bento.generation.text import TextStream
 from bento.preparation import prepare_content
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import RequestError, ServiceError
 
+logger = logging.getLogger(__name__)
 READ_TOKENS = {"cpu": 128, "mps": 256, "cuda": 1024}
 """Prompt tokens of a pass while answers are being written: how long those wait for a prompt at most."""
 READ_ALONE = 4
@@ -88,7 +89,7 @@ class Generator:
         self._loading = threading.Lock()
         self._computing = threading.Lock()
         self._changed = threading.Condition()
-        self._waiting: deque[Request] = deque()
+        self._waiting = Waiting()
         self._running: list[Request] = []
         """In the order they came. Only the engine's thread uses it."""
         self._closing = False
@@ -98,6 +99,11 @@ class Generator:
         """Whose updates the rows of the last pass got."""
         self._thread = threading.Thread(target=self._serve, name="generation", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """See `interface.TextGenerator`."""
+        return self._thread.is_alive()
 
     @property
     def precision(self) -> str:
@@ -177,22 +183,28 @@ class Generator:
         """See `interface.TextGenerator`."""
         return self._prompts.tokens(text)
 
-    def embed(self, texts: Sequence[str], adapter: GenerationAdapter | None) -> npt.NDArray[np.float32]:
-        """See `interface.TextGenerator`. A text is prepared as the adapter's contents are, and cut to the context."""
-        vectors = np.zeros((len(texts), self.hidden), dtype=np.float32)
-        for row, text in enumerate(texts):
-            if adapter is not None:
-                how = adapter.manifest.preparation
-                text = prepare_content(text, how.pii, how.max_chars)[0]
-            ids = self._prompts.tokens(text)[: self._model.context]
-            if not ids:
-                continue
-            with self._computing:
-                self._mix(())
-                self._model.updates.runs = [(0, len(ids), adapter.alone)] if adapter else []
-                states = self._model.states(ids, range(len(ids)), Plan(runs=[Run(0, len(ids), None)]))
-            vectors[row] = states.mean(0).cpu().numpy()
-        return vectors
+    def prompt_embedding(self, text: str, adapter: GenerationAdapter | None) -> list[int]:
+        """See `interface.TextGenerator`. The text is prepared as the adapter's contents are, and cut to the context."""
+        if adapter is not None:
+            how = adapter.manifest.preparation
+            text = prepare_content(text, how.pii, how.max_chars)[0]
+        return self._prompts.tokens(text)[: self._model.context]
+
+    def embed(self, ids: Sequence[int], adapter: GenerationAdapter | None) -> npt.NDArray[np.float32]:
+        """See `interface.TextGenerator`."""
+        if not ids:
+            return np.zeros(self.hidden, dtype=np.float32)
+        with self._computing:
+            self._mix(())
+            self._model.updates.runs = [(0, len(ids), adapter.alone)] if adapter else []
+            states = self._model.states(ids, range(len(ids)), Plan(runs=[Run(0, len(ids), None)]))
+        mean: npt.NDArray[np.float32] = states.mean(0).float().cpu().numpy()
+        return mean
+
+    def prepare(self, sampling: Sampling) -> None:
+        """See `interface.TextGenerator`."""
+        if sampling.json_schema is not None:
+            self._grammars.matcher(sampling.json_schema)
 
     def submit(
         self,
@@ -210,13 +222,15 @@ class Generator:
             if self._closing:
                 raise ServiceError("the engine is closed", mend="Send the request to a running service.")
             if len(self._waiting) >= self._most_waiting:
+                self._waiting.drop_over()
+            if len(self._waiting) >= self._most_waiting:
                 raise RequestError(
                     "overloaded",
                     f"{len(self._waiting)} requests wait already",
                     status=503,
                     mend="Try again later, with fewer requests at a time.",
                 )
-            self._waiting.append(request)
+            self._waiting.add(request)
             self._changed.notify()
         return request
 
@@ -240,18 +254,18 @@ class Generator:
                         self._changed.wait()
                     if self._closing:
                         return
-                self._leave()
-                self._join()
-                if self._running:
-                    try:
+                try:
+                    self._leave()
+                    self._join()
+                    if self._running:
                         self._pass()
-                    except RuntimeError as error:  # torch's, out of memory among them
-                        self._abandon(ServiceError(f"the model could not be computed: {error}", mend="Try again."))
+                except Exception as error:  # whatever it is, out of memory among them: those who come next are answered
+                    logger.error("a pass failed", exc_info=error)
+                    self._abandon(_not_computed(error))
         finally:
             with self._changed:
                 self._closing = True
-                self._running += self._waiting
-                self._waiting.clear()
+                self._running += self._waiting.clear()
             self._abandon(ServiceError("the engine was closed", mend="Try again."))
 
     def _leave(self) -> None:
@@ -262,17 +276,24 @@ class Generator:
             self._running.remove(request)
 
     def _join(self) -> None:
-        """Slots for those that wait, in the order they came, while there are any."""
-        while self._waiting and len(self._running) < self._most_rows:
-            request = self._waiting[0]
-            if not request.over:
-                request.place = self._cache.take(request.most)
-                if request.place is None:
-                    return
-                request.place.owner = request
-                self._running.append(request)
+        """Slots for those that wait, tasks by turns, while there are any."""
+        while len(self._running) < self._most_rows:
             with self._changed:
-                self._waiting.popleft()
+                request = self._waiting.first()
+            if request is None:
+                return
+            try:
+                request.place = self._cache.take(request.most)
+            except Exception as error:  # no memory for another slot: those that have one keep it
+                logger.error("a request got no slot", exc_info=error)
+                request.fail(_not_computed(error))
+                continue
+            if request.place is None:
+                return
+            request.place.owner = request
+            self._running.append(request)
+            with self._changed:
+                self._waiting.remove(request)
 
     def _pass(self) -> None:
         """One pass through the model: a token more for everyone that writes, a share of the prompts for who reads."""
@@ -363,11 +384,16 @@ class Generator:
         return allowed.to(logits.device)
 
     def _abandon(self, error: ServiceError) -> None:
-        for request in self._running:
+        """Fail all that run, and forget what they may have left half done."""
+        running, self._running = self._running, []
+        self._cache.clear()
+        self._mixed_for = None
+        for request in running:
             request.fail(error)
-            if request.place is not None:
-                self._cache.release(request.place, wipe=True)
-        self._running.clear()
+
+
+def _not_computed(error: Exception) -> ServiceError:
+    return ServiceError(f"the model could not be computed: {error}", mend="Try again.")
 
 
 def _cache_bytes(kind: str) -> int:

@@ -1,5 +1,6 @@
 """Answers that fit a JSON schema: which tokens may follow. Grammars are llguidance's, compiled once per schema."""
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from ft_resources.errors import RequestError
 
 KEPT = 128
 """Compiled grammars in memory."""
+MOST_BYTES = 64 << 10
+"""Of a schema."""
 WRITTEN: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A]{0,8}"}
 """For schemas that do not say it themselves, in `x-guidance`. Bounded: a weak model would write blanks for ever."""
 LIMITS = llguidance.LLParserLimits(verbose_errors=False)
@@ -33,8 +36,10 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, sorted(ends)
         self._reader: llguidance.LLTokenizer | None = None
         self._vocabulary = vocabulary
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        """By SHA-256 of the schema."""
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # takes long; whoever asks for another schema does not wait for it
 
     def matcher(self, schema: Mapping[str, Any]) -> "Matcher":
         """A fresh matcher of answers that fit `schema`.
@@ -42,19 +47,28 @@ class Grammars:
         Raises:
             RequestError: `invalid_request`, the schema cannot be followed, or no grammar can with this tokenizer.
         """
-        try:
-            key = json.dumps(schema, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise _refused(str(error)) from None
+        text = written_schema(schema)
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        found = self._find(key)
+        if found is None:
+            with self._compiling:
+                found = self._find(key)  # another thread may have been faster
+                if found is None:
+                    compiled = self._compile(text, None if "x-guidance" in schema else WRITTEN)
+                    with self._lock:
+                        self._compiled[key] = compiled
+                        while len(self._compiled) > KEPT:
+                            self._compiled.popitem(last=False)
+                    found = compiled.deep_copy()
+        return Matcher(found, self._vocabulary)
+
+    def _find(self, key: bytes) -> llguidance.LLMatcher | None:
         with self._lock:
             compiled = self._compiled.get(key)
             if compiled is None:
-                compiled = self._compile(key, None if "x-guidance" in schema else WRITTEN)
-                self._compiled[key] = compiled
-                while len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
+                return None
             self._compiled.move_to_end(key)
-            return Matcher(compiled.deep_copy(), self._vocabulary)
+            return compiled.deep_copy()
 
     def _compile(self, text: str, defaults: Any) -> llguidance.LLMatcher:
         if self._reader is None:
@@ -96,6 +110,24 @@ class Matcher:
     def complete(self) -> bool:
         """Nothing may follow but the end."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+
+def written_schema(schema: Mapping[str, Any]) -> str:
+    """The schema as JSON.
+
+    Raises:
+        RequestError: `invalid_request`, it is no JSON, too deep, or larger than `MOST_BYTES`.
+    """
+    try:
+        text = json.dumps(schema, ensure_ascii=False)
+    except RecursionError:
+        raise _refused("it is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise _refused(str(error)) from None
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MOST_BYTES:
+        raise _refused(f"it has {size:,} bytes, at most {MOST_BYTES:,} are taken")
+    return text
 
 
 def _refused(what: str) -> RequestError:

@@ -83,6 +83,11 @@ class Generation(Protocol):
 class TextGenerator(Protocol):
     """An engine over one base model. Every method is safe in any thread."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it computes; it does until it is closed, or lost its thread."""
+        ...
+
     def load(self, digest: str, folder: Path) -> Adapter:
         """Read, check and publish the adapter in `folder`; loading a digest again changes nothing.
 
@@ -126,8 +131,24 @@ class TextGenerator(Protocol):
         """Token ids of a raw text, for completion without a chat template."""
         ...
 
-    def embed(self, texts: Sequence[str], adapter: Any) -> "npt.NDArray[np.float32]":
-        """Mean over the tokens of each text of the model's last hidden state: float32 [texts, hidden]."""
+    def prompt_embedding(self, text: str, adapter: Any) -> list[int]:
+        """Token ids of a text that is to be embedded, at most as many as the model reads at once.
+
+        Raises:
+            RequestError: `invalid_request`, the engine gives no embeddings.
+        """
+        ...
+
+    def embed(self, ids: Sequence[int], adapter: Any) -> "npt.NDArray[np.float32]":
+        """Mean over the tokens `ids` of the model's last hidden state: float32 [hidden]; zeros without tokens."""
+        ...
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Do what `submit` would take long to do: compile the JSON schema.
+
+        Raises:
+            RequestError: `invalid_request`, the schema cannot be followed.
+        """
         ...
 
     def submit(self, ids: Sequence[int], adapter: Any, sampling: Sampling, on_text: OnText | None = None) -> Generation:

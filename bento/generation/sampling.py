@@ -7,6 +7,8 @@ import torch
 
 MANY = 256
 """So many of the most probable tokens are sorted first; mostly the nucleus is among them."""
+GREEDY = 1e-5
+"""Below this temperature the most probable token is taken: quotients would leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Choice:
     """How one row is sampled."""
 
     temperature: float
-    """0: the most probable token."""
+    """Below `GREEDY`: the most probable token."""
     top_p: float
     draw: float
     """A number of [0, 1) from the request's own generator: the same logits and draw give the same token."""
@@ -34,7 +36,7 @@ def choose(
     normaliser = torch.logsumexp(logits, -1)
     wanted = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
     tokens = wanted.argmax(-1)
-    drawn = [row for row, choice in enumerate(choices) if choice.temperature > 0]
+    drawn = [row for row, choice in enumerate(choices) if choice.temperature >= GREEDY]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         tokens[rows] = _sample(wanted[rows], [choices[row] for row in drawn])

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -43,6 +44,11 @@ class Request:
         """Its slot, once it has joined."""
         assert self.place is not None
         return self.place
+
+    @property
+    def task(self) -> str:
+        """Of its adapter; empty for the base model itself."""
+        return "" if self.adapter is None else self.adapter.manifest.task
 
     @property
     def most(self) -> int:
@@ -115,6 +121,55 @@ class Request:
         except Exception as error:  # the caller's code: whatever is wrong with it, its neighbours get their answers
             if self.future.set_running_or_notify_cancel():
                 self.future.set_exception(error)
+
+
+class Waiting:
+    """Requests without a slot: tasks take turns, and within a task whoever came first goes first.
+
+    Not safe in several threads.
+    """
+
+    def __init__(self) -> None:
+        self._by_task: OrderedDict[str, deque[Request]] = OrderedDict()
+        """The task whose turn it is stands first; none is empty."""
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, request: Request) -> None:
+        self._by_task.setdefault(request.task, deque()).append(request)
+        self._size += 1
+
+    def first(self) -> Request | None:
+        """Whose turn it is; the same one until it is removed or over."""
+        while self._by_task:
+            request = next(iter(self._by_task.values()))[0]
+            if not request.over:
+                return request
+            self.remove(request)
+        return None
+
+    def remove(self, request: Request) -> None:
+        """Take it out; its task's next turn comes after those of the others."""
+        queue = self._by_task.pop(request.task)
+        queue.remove(request)
+        self._size -= 1
+        if queue:
+            self._by_task[request.task] = queue
+
+    def drop_over(self) -> None:
+        """Take out those that were given up."""
+        left = {task: deque(one for one in queue if not one.over) for task, queue in self._by_task.items()}
+        self._by_task = OrderedDict((task, queue) for task, queue in left.items() if queue)
+        self._size = sum(map(len, self._by_task.values()))
+
+    def clear(self) -> list[Request]:
+        """Take all out."""
+        requests = [one for queue in self._by_task.values() for one in queue]
+        self._by_task.clear()
+        self._size = 0
+        return requests
 
 
 def shares(reading: Sequence[Request], tokens: int) -> list[tuple[Request, int]]:

@@ -19,6 +19,7 @@ import torch
 
 from bento.adapter_files import read_low_rank
 from bento.conversation import Message
+from bento.generation.grammar import written_schema
 from bento.generation.interface import Completion, OnText, Sampling
 from bento.generation.limits import check
 from bento.generation.manifest import GenerationManifest, read_generation_manifest
@@ -111,6 +112,11 @@ class VllmGenerator:
         self._engine: Any = self._wait(self._start(vllm, str(base.path), DTYPES[precision]))
         self.context = int(self._engine.model_config.max_model_len)
 
+    @property
+    def alive(self) -> bool:
+        """See `interface.TextGenerator`."""
+        return self._thread.is_alive() and not self._engine.errored
+
     def load(self, digest: str, folder: Path) -> HandedOver:
         """See `interface.TextGenerator`."""
         with self._lock:
@@ -142,15 +148,22 @@ class VllmGenerator:
         """See `interface.TextGenerator`."""
         return self._prompts.tokens(text)
 
-    def embed(self, texts: Sequence[str], adapter: HandedOver | None) -> npt.NDArray[np.float32]:
+    def prompt_embedding(self, text: str, adapter: HandedOver | None) -> list[int]:
         """Raises:
         RequestError: Always: an engine of vLLM generates or embeds, not both.
         """
-        raise RequestError(
-            "invalid_request",
-            "the vLLM engine gives no embeddings",
-            mend="Ask a service with FT_GENERATION_ENGINE=torch.",
-        )
+        raise _no_embeddings()
+
+    def embed(self, ids: Sequence[int], adapter: HandedOver | None) -> npt.NDArray[np.float32]:
+        """Raises:
+        RequestError: Always.
+        """
+        raise _no_embeddings()
+
+    def prepare(self, sampling: Sampling) -> None:
+        """See `interface.TextGenerator`. vLLM compiles the schema itself; here its size is bounded."""
+        if sampling.json_schema is not None:
+            written_schema(sampling.json_schema)
 
     def submit(
         self, ids: Sequence[int], adapter: HandedOver | None, sampling: Sampling, on_text: OnText | None = None
@@ -242,6 +255,14 @@ def _parameters(sampling: Sampling) -> Any:
         logprobs=0,  # of the chosen tokens alone
         structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _no_embeddings() -> RequestError:
+    return RequestError(
+        "invalid_request",
+        "the vLLM engine gives no embeddings",
+        mend="Ask a service with FT_GENERATION_ENGINE=torch.",
     )
 
 

@@ -17,12 +17,11 @@ import dagster as dg
 import pandas as pd
 
 from ft_assets.automation import ACTIVE, train_and_release
-from ft_assets.terminal import show_line
 from ft_assets.data.sources import read_sources
 from ft_assets.following import Follower, Line
 from ft_assets.monitoring.assets import read_drift
 from ft_assets.platform import Outcome, Platform, outcome
-from ft_assets.terminal import console
+from ft_assets.terminal import console, show_line
 from ft_resources.errors import FtError, ServiceError
 from ft_resources.serving import ServerProcess
 

@@ -5,28 +5,21 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.evaluation.generation.report import GenerationReport
+from ft_assets.evaluation.identity import EVALUATOR, environment_of_evaluation
 from ft_assets.evaluation.servable import unserved
 from ft_assets.evaluation.stored import Report, parse_report
 from ft_assets.materialising import image, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import confusion, reliability
 from ft_resources.compute import Compute
-from ft_resources.environments import Environment, source_digest
+from ft_resources.environments import Environment
 from ft_resources.errors import EvaluationError
 from ft_resources.lake import Lake, digest_of, short
 from ft_resources.ledger import Ledger
 
 GROUP = "3_evaluation"
-LABELS = (
-    "ft_assets.evaluation.worker",
-    source_digest("ft_assets/evaluation", "bento/engine.py", "bento/multi_lora.py", "bento/classify.py"),
-)
-TEXTS = (
-    "ft_assets.evaluation.generation.worker",
-    source_digest("ft_assets/evaluation", "bento/generation", "bento/texts.py", "bento/conversation.py"),
-)
-"""The evaluation process of labels and of written answers, and the digest of the code that answers, scores and
-reports: other code makes another report."""
+LABELS, TEXTS = "ft_assets.evaluation.worker", "ft_assets.evaluation.generation.worker"
+"""The evaluation process of labels and of written answers."""
 
 
 @dg.asset(
@@ -34,7 +27,7 @@ reports: other code makes another report."""
     deps=["adapter", "train_split", "validation_split", "test_split"],
     group_name=GROUP,
     kinds={"evaluate"},
-    code_version=digest_of([LABELS, TEXTS]),
+    code_version=EVALUATOR,
     retry_policy=dg.RetryPolicy(max_retries=2, delay=2),
 )
 def eval_report(
@@ -59,18 +52,19 @@ def eval_report(
                 mend="Use it as it is: plain peft, or plain transformers, loads it. Or train plain LoRA.",
             )
         policy = task.spec.gates.model_dump(mode="json")
-        worker, evaluator = LABELS if task.spec.type == "text-classification" else TEXTS
+        labels = task.spec.type == "text-classification"
         made_from = {
             **inputs,
             **_champion(lake, ledger, task.name, inputs["adapter"]),
-            "evaluator": evaluator,
-            "device": environment.device,
+            **environment_of_evaluation(environment),
+            **({} if labels else {"engine": environment.generation_engine}),
+            "evaluator": EVALUATOR,
             "policy": digest_of(policy),
         }
         artefact = lake.find("eval_report", made_from)
         if artefact is None:
             job = {**made_from, "task": task.name, "lake": environment.lake, "policy": policy, "made_from": made_from}
-            artefact = lake.open(compute.run(context, worker, job)["report"])
+            artefact = lake.open(compute.run(context, LABELS if labels else TEXTS, job)["report"])
         else:
             context.log.info(f"report {short(artefact.digest)} is reused: the same adapters and rows made it before")
         lake.set_head(task.name, "eval_report", artefact.digest, context.run.run_id)
@@ -78,16 +72,21 @@ def eval_report(
 
 
 def _champion(lake: Lake, ledger: Ledger, task: str, candidate: str) -> dict[str, str]:
-    """The live adapter and the rows it was itself tested on; a candidate that is live keeps its opponent of then."""
+    """The live adapter, the precision it is served in and the rows it was itself tested on.
+
+    A candidate that is live keeps its opponent of then.
+    """
     live = ledger.live_release(task)
     if live is None:
-        return {"champion": "", "champion_test_split": ""}
+        return {"champion": "", "champion_precision": "", "champion_test_split": ""}
+    served = {"champion": live["adapter"], "champion_precision": live["decision"].get("precision", "auto")}
     if live["report"] is None:
-        return {"champion": live["adapter"], "champion_test_split": ""}
+        return {**served, "champion_test_split": ""}
     decided_on = lake.open(live["report"]).made_from
     if live["adapter"] == candidate:
-        return {name: decided_on[name] for name in ("champion", "champion_test_split")}
-    return {"champion": live["adapter"], "champion_test_split": decided_on["test_split"]}
+        then = {name: decided_on[name] for name in ("champion", "champion_test_split")}
+        return {**then, "champion_precision": decided_on.get("champion_precision", "auto" if then["champion"] else "")}
+    return {**served, "champion_test_split": decided_on["test_split"]}
 
 
 def _metadata(report: Report, page: str) -> dict[str, Any]:

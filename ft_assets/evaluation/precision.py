@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bento.devices import pick_device, precisions_of
+from bento.adapter_files import read_reference
+from bento.adapters import BasePool
+from bento.devices import pick_device, precisions_of, served_in
 from bento.engine import Engine
 from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.report import Agreement, Serving
@@ -14,6 +16,8 @@ from ft_resources.base_models import BaseModel
 from ft_resources.lake import Artefact
 
 SHIFT_QUANTILE = 0.95
+ALONE_ROWS = 64
+"""Rows that are asked alone too: one by one they cost several times what they cost in a batch."""
 BATCH = 16
 
 
@@ -49,6 +53,24 @@ def choose_engine(
     return engine, Serving(**tried[-1].model_dump(), tried=tried)
 
 
+def engine_of(champion: Artefact, precision: str, device: str, there: Engine) -> Engine:
+    """The engine in which the service answers with `champion`; `there` where it is that one.
+
+    Args:
+        precision: Of its release, as in `BasePool.engine`.
+
+    Raises:
+        ServiceError: Its base model is not the one it was trained on.
+        SpecError: Its base model is not on this machine.
+    """
+    wanted = read_reference(champion.folder)
+    if wanted.base.digest == there.base.digest and served_in(precision, pick_device(device)) == there.precision:
+        return there
+    engine = BasePool(device=device).engine(wanted, precision)
+    assert isinstance(engine, Engine)
+    return engine
+
+
 def keeps(one: Agreement, policy: GatePolicy) -> bool:
     """Whether a precision answers as the policy asks for; NaN never does."""
     return one.agreement >= policy.min_serving_agreement and one.probability_shift <= policy.max_probability_shift
@@ -57,11 +79,13 @@ def keeps(one: Agreement, policy: GatePolicy) -> bool:
 def agreement(engine: Engine, digest: str, texts: Sequence[str], plain: np.ndarray) -> Agreement:
     """The engine's answers against `plain`, float32 [texts, labels].
 
-    A row agrees if its label is that of `plain` both alone and among neighbours, so that an answer which depends on
-    what else is in its batch counts as another answer.
+    A row agrees if its label is that of `plain` both among neighbours and, for `ALONE_ROWS` rows spread over `texts`,
+    alone, so that an answer which depends on what else is in its batch counts as another answer.
     """
     together = np.stack([one.probabilities for one in engine.score([(text, digest) for text in texts])])
-    alone = np.stack([engine.score([(text, digest)])[0].probabilities for text in texts])
+    places = np.unique(np.linspace(0, len(texts) - 1, min(ALONE_ROWS, len(texts))).astype(int))
+    alone = together.copy()
+    alone[places] = [engine.score([(texts[place], digest)])[0].probabilities for place in places]
     right = plain.argmax(1)
     differences = np.maximum(np.abs(together - plain).max(1), np.abs(alone - plain).max(1))
     return Agreement(

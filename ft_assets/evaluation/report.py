@@ -80,7 +80,7 @@ class Agreement(Part):
     precision: str
     rows: int
     agreement: float
-    """Share of rows that get the label of plain peft, alone and among neighbours."""
+    """Share of rows that get the label of plain peft, among neighbours and, for some of them, also alone."""
     max_probability_difference: float
     probability_shift: float = 0.0
     """What 95 % of the rows stay below: the largest difference of a row's probabilities."""

@@ -7,7 +7,7 @@ import pydantic
 from ft_assets.evaluation.generation.metrics import figures, row_counts
 from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.report import EvalReport
-from ft_resources.errors import EvaluationError
+from ft_resources.errors import EvaluationError, GateRefusal
 from ft_resources.lake import Artefact, Lake, short
 
 Report = EvalReport | GenerationReport
@@ -45,8 +45,23 @@ def parse_report(artefact: Artefact) -> Report:
 
 
 def served_precision(report: Report) -> str:
-    """What a release on this report is served in: labels in what they were measured in, texts as the engine picks."""
-    return "auto" if isinstance(report, GenerationReport) else report.serving.precision
+    """What a release on this report is served in: what everything in it was measured in."""
+    return report.serving.precision
+
+
+def require_engine(report: Report, engine: str) -> None:
+    """What writes texts here, `torch` or `vllm`, is what wrote those of the report; labels have one engine only.
+
+    Raises:
+        GateRefusal: It is another one.
+    """
+    if isinstance(report, GenerationReport) and report.serving.engine != engine:
+        raise GateRefusal(
+            f"the answers were evaluated as {report.serving.engine} writes them, and {engine} would serve them",
+            where=f"release of {report.task}",
+            mend=f"Materialise eval_report with FT_GENERATION_ENGINE={engine}, or release with "
+            f"FT_GENERATION_ENGINE={report.serving.engine}.",
+        )
 
 
 def require_recounted(artefact: Artefact, report: Report) -> None:

@@ -18,7 +18,7 @@ from ft_assets.evaluation.baselines import linear_baseline, majority_baseline
 from ft_assets.evaluation.gate import decide
 from ft_assets.evaluation.html import render
 from ft_assets.evaluation.policy import GatePolicy
-from ft_assets.evaluation.precision import choose_engine
+from ft_assets.evaluation.precision import choose_engine, engine_of
 from ft_assets.evaluation.report import Latency, build_report
 from ft_assets.worker import Progress, serve
 from ft_resources.base_models import resolve
@@ -44,7 +44,8 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     progress("agreement of each serving precision with plain peft in fp32", force=True)
     parity = validation["text"].tolist()[:PARITY_ROWS]
     base = resolve(about["base"]["model"])
-    engine, serving = choose_engine(base, candidate, parity, policy, Environment.read().device)
+    device = Environment.read().device
+    engine, serving = choose_engine(base, candidate, parity, policy, device)
     progress(f"scoring {len(test)} test rows in {engine.precision}", force=True)
     answers = _score(engine, candidate, test["text"].tolist(), progress, "candidate")
     frame = test.drop(columns="masked", errors="ignore").assign(
@@ -53,7 +54,8 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         **{f"candidate_p_{name}": [float(a.probabilities[i]) for a in answers] for i, name in enumerate(labels)},
     )
     if champion is not None:
-        theirs = _score(engine, champion, test["text"].tolist(), progress, "champion")
+        live = engine_of(champion, job["champion_precision"], device, engine)
+        theirs = _score(live, champion, test["text"].tolist(), progress, "champion")
         tested = set(split_rows(lake, job["champion_test_split"])["row_id"]) if job["champion_test_split"] else set()
         frame = frame.assign(
             champion_label=[answer.label for answer in theirs],

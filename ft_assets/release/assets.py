@@ -95,7 +95,9 @@ def bento_service(
             "adapter": adapter.digest,
             "eval_report": report.digest,
             "model_version": about["version"],
+            "review_below": task.spec.serving.review_below,
             "service_code": bentos.code_digest(),
+            "packages": bentos.packages_digest(),
         }
 
         def write(folder: Path) -> None:
@@ -107,6 +109,7 @@ def bento_service(
                 "adapter": adapter.digest,
                 "base": reference,
                 "precision": served_precision(parse_report(report)),
+                "review_below": task.spec.serving.review_below,
             }
             context.log.info("building the Bento")
             tag = bentos.build(task.name, adapter.folder, resolve_base(reference), release)
@@ -156,7 +159,14 @@ def release(
     with typed_failures():
         task = task_named(environment, context.partition_key)
         because = context.run.tags.get("ft/because", "materialised by hand")
-        live, candidate = promotion.release(lake, ledger, task.spec, actor=environment.actor, because=because)
+        live, candidate = promotion.release(
+            lake,
+            ledger,
+            task.spec,
+            actor=environment.actor,
+            because=because,
+            engine=environment.generation_engine,
+        )
         registry.set_alias(task.name, "champion", live["model_version"])
 
         def write(folder: Path) -> None:

@@ -8,7 +8,7 @@ from ft_assets.data.verdicts import of_clean, of_raw, of_splits
 from ft_assets.evaluation.decision import Decision
 from ft_assets.evaluation.gate import decide, explained
 from ft_assets.evaluation.generation.report import GenerationReport
-from ft_assets.evaluation.stored import read_report, require_recounted, served_precision
+from ft_assets.evaluation.stored import read_report, require_engine, require_recounted, served_precision
 from ft_assets.tasks import TaskSpec
 from ft_assets.training.verdicts import of_adapter
 from ft_resources.errors import GateRefusal
@@ -27,17 +27,23 @@ class Candidate:
     bento: str
     precision: str
     """What it was evaluated in and is served in."""
+    engine: str
+    """What writes its texts, `torch` or `vllm`: evaluated and served by the same one."""
     decision: Decision
     refusals: dict[str, str]
     """What speaks against it, demand -> reason: gates of the report, and checks of the rows and the adapter."""
 
 
-def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
+def examine(lake: Lake, ledger: Ledger, task: TaskSpec, *, engine: str = "torch") -> Candidate:
     """The candidate that the newest artefacts describe together, and everything that speaks against it.
+
+    Args:
+        engine: What writes texts in the service, `torch` or `vllm`.
 
     Raises:
         GateRefusal: Adapter, report, model version and Bento are not of one adapter; the report is another task's, of
-            other rows, or compared the adapter with one that is no longer the champion; or the Bento's probe failed.
+            other rows, of another engine, or compared the adapter with one that is no longer the champion; or the
+            Bento's probe failed.
         ArtefactError: One of them is missing or its bytes were changed.
         EvaluationError: The report contradicts itself or its own rows.
     """
@@ -71,6 +77,7 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
         raise _unfit(name, f"the report is stale: it compares with {against}, but {short(live['adapter'])} is live")
     if not service["answers_match"]:
         raise _unfit(name, "the Bento did not give the evaluated answers")
+    require_engine(report, engine)
     require_recounted(report_artefact, report)
     decision = decide(report, task.gates)
     gates = {gate: explained(gate, decision.gate(gate)) for gate in decision.refusals}
@@ -81,6 +88,7 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec) -> Candidate:
         model_version=version["version"],
         bento=service["tag"],
         precision=served_precision(report),
+        engine=engine,
         decision=decision,
         refusals=gates | _upstream(lake, adapter, report.test_split, task),
     )
@@ -112,9 +120,12 @@ def _unfit(task: str, what: str) -> GateRefusal:
 
 
 def release(
-    lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: str
+    lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: str, engine: str = "torch"
 ) -> tuple[dict[str, Any], Candidate]:
     """Make the candidate live, or refuse.
+
+    Args:
+        engine: See `examine`.
 
     Returns:
         The release in force afterwards, and the candidate. A candidate that is live already makes no new release; what
@@ -124,7 +135,7 @@ def release(
         GateRefusal: As `examine`; or something speaks against the candidate, or it was rolled back, and no person
             approved exactly this adapter on this report since.
     """
-    candidate = examine(lake, ledger, task)
+    candidate = examine(lake, ledger, task, engine=engine)
     name = task.full_name
     live = ledger.live_release(name)
     if live is not None and live["adapter"] == candidate.adapter:
@@ -154,7 +165,8 @@ def release(
         bento=candidate.bento,
         actor=approval["actor"] if approval else actor,
         because=approval["because"] if approval else because,
-        decision=candidate.decision.model_dump(mode="json") | {"refusals": refusals, "precision": candidate.precision},
+        decision=candidate.decision.model_dump(mode="json")
+        | {"refusals": refusals, "precision": candidate.precision, "engine": candidate.engine},
         precision=candidate.precision,
         expected_live=live["id"] if live else None,
         review_below=task.serving.review_below,

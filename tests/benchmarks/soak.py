@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -272,12 +273,13 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.8, help="of the measured capacity that is asked")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between changes of routes")
     parser.add_argument("--precision", default="int8", choices=["auto", "int8", "bf16", "fp32"])
-    parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of the report and the plot")
+    parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of the report, the plot and the log")
     given = parser.parse_args()
     os.sched_setaffinity(0, {LOAD_CORE})
+    given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ft-soak-") as home:
         found, summary = soak(Path(home), given.minutes, given.share, given.every, given.precision)
-    given.out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(home) / f"{OURS}.log", given.out / "serve.log")
     (given.out / "report.json").write_text(json.dumps(summary, indent=1))
     plot(found, given.out / "soak.png")
     for name, value in summary.items():

@@ -189,7 +189,54 @@ def test_a_key_made_over_http_is_shown_once_and_can_be_revoked(server: Server, s
     until(lambda: server.client.get("/v1/models", headers=key).status_code == 401)
     log = (server.home / "serve.log").read_text(errors="replace")
     for secret in (made["key"], *filter(None, shown.values())):
-        assert secret.rpartition("_")[2] not in log
+        assert secret.split("_", 2)[-1] not in log
+
+
+def test_what_a_key_makes_goes_no_further_than_itself_and_ends_with_it(world: Any, server: Server) -> None:
+    end = datetime.now(UTC) + timedelta(days=1)
+    maker = bearer(add(world, "maker", "owner", tasks=["t1"], rate=500.0, expires_at=end))
+    until(lambda: server.client.get("/docs", headers=maker).status_code == 200)
+
+    def make(headers: dict[str, str] = maker, **more: Any) -> httpx.Response:
+        return server.client.post("/auth/keys", json={"name": "child", "tasks": ["t1"], **more}, headers=headers)
+
+    for more in ({"rate": 501}, {"expires_at": (end + timedelta(seconds=1)).isoformat()}):
+        refused = make(**more)
+        assert (refused.status_code, code(refused)) == (403, "forbidden")
+        assert f"field '{next(iter(more))}'" in refused.json()["message"]
+    token = server.client.post("/auth/token", headers=maker).json()["access_token"]
+    refused = make(bearer(token))
+    assert (refused.status_code, code(refused)) == (401, "unauthorized")
+    made = make().json()
+    assert made["info"]["rate"] == 500
+    assert datetime.fromisoformat(made["info"]["expires_at"]) == end
+    assert made["info"]["created_by"].startswith("maker/")
+    child = bearer(made["key"])
+    until(lambda: server.client.get("/docs", headers=child).status_code == 200)
+    world.ledger.revoke_key("maker", "test")
+    until(lambda: server.client.get("/docs", headers=child).status_code == 401)
+
+
+def test_a_key_is_revoked_only_by_who_may_keep_every_key_of_its_name(
+    world: Any, server: Server, shown: dict[str, str]
+) -> None:
+    add(world, "expired", tasks=["t1"])  # beside an admin's that has expired
+    refused = server.client.delete("/auth/keys/expired", headers=bearer(shown["owner of t1"]))
+    assert refused.status_code == 404
+    assert server.client.delete("/auth/keys/expired", headers=bearer(shown["admin"])).status_code == 200
+
+
+def test_a_caller_is_not_told_of_tasks_that_are_not_its_own(world: Any, server: Server) -> None:
+    key = bearer(add(world, "curious", tasks=["t1", "t3"]))
+    until(lambda: server.client.get("/docs", headers=key).status_code == 200)
+    asked = [
+        server.client.post("/predict", json={"task": "t3", "inputs": ["x"]}, headers=key),
+        server.client.post("/v1/completions", json={"model": "t3", "prompt": "x"}, headers=key),
+        server.client.get("/v1/models/t3", headers=key),
+    ]
+    for refused in asked:
+        assert refused.status_code == 404
+        assert "t1" in refused.text and "t2" not in refused.text
 
 
 def test_pages_of_other_sites_are_let_in_only_by_name(server: Server, shown: dict[str, str]) -> None:

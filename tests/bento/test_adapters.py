@@ -49,6 +49,28 @@ def test_an_adapter_larger_than_the_memory_is_served_alone(workshop: Any, adapte
         assert store.loaded == (digest,)
 
 
+def test_an_adapter_that_is_unloaded_while_it_is_loaded_is_loaded_again(
+    world: Any, workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = BasePool([workshop.base], precision="fp32", device="cpu")
+    store = AdapterStore(LakeAdapters(world.lake), bases)
+    engine, before = store.get(world.first)
+    load, loads = engine.load, list[str]()
+
+    def load_late(digest: str, folder: Path) -> Any:
+        adapter = load(digest, folder)
+        loads.append(digest)
+        if len(loads) == 1:  # another thread makes room: the place of `auto`, which shares the engine, goes
+            engine.unload(digest)
+        return adapter
+
+    monkeypatch.setattr(engine, "load", load_late)
+    again, after = store.get(world.first, "fp32")
+    assert again is engine and after is not before
+    assert engine.adapter(world.first) is after
+    assert len(loads) == 2
+
+
 def test_each_precision_has_its_engine_and_auto_shares_what_it_stands_for(world: Any, workshop: Any) -> None:
     bases = BasePool([workshop.base], precision="fp32", device="cpu")
     store = AdapterStore(LakeAdapters(world.lake), bases)

@@ -80,6 +80,44 @@ def test_a_mixed_batch_equals_single_answers_in_the_callers_order(workshop: Any,
         assert answer.embedding.shape == (384,)
 
 
+def shuffled(source: Path, target: Path, seed: int) -> Path:
+    """An adapter of the form of `source`, with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    random = torch.Generator().manual_seed(seed)
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        tensors = load_file(source / name)
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.flatten()[torch.randperm(tensor.numel(), generator=random)].view(tensor.shape)
+        save_file(tensors, target / name)
+    return target
+
+
+def test_many_adapters_of_any_form_share_a_pass(workshop: Any, tmp_path: Path) -> None:
+    """Some are computed together, some of these padded, some are alone."""
+    forms = [
+        workshop.write(tmp_path / f"form-{number}", task="t", seed=number, rank=rank, targets=targets, labels=labels)
+        for number, (rank, targets, labels) in enumerate(
+            [(4, "all-linear", ("a", "b")), (8, ("query", "value"), ("c", "d", "e")), (3, ("dense",), ("f", "g"))]
+        )
+    ]
+    engine = Engine(workshop.base, precision="fp32", device="cpu")
+    digests = [f"{seed:064x}" for seed in range(40)]
+    for seed, digest in enumerate(digests):
+        form = forms[0 if seed < 16 else seed % len(forms)]
+        engine.load(digest, shuffled(form, tmp_path / str(seed), seed))
+    words = workshop.texts[0].split() * 8
+    texts = [" ".join(words[: 3 if at % 2 else 3 + at % 7]) for at in range(48)]
+    items = [(text, digests[at % len(digests)]) for at, text in enumerate(texts)]
+    for item, mixed in zip(items, engine.score(items), strict=True):
+        (alone,) = engine.score([item])
+        assert mixed.labels == alone.labels
+        np.testing.assert_allclose(mixed.probabilities, alone.probabilities, atol=1e-5)
+    of_one_text = [engine.score([(texts[0], digest)])[0].probabilities for digest in digests[:16]]
+    assert np.ptp(of_one_text, axis=0).max() > 0.1, "adapters should differ"
+
+
 def test_nothing_of_an_unloaded_adapter_stays(
     workshop: Any, engine: Engine, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -13,12 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from bento.adapters import AdapterStore, BasePool, LakeAdapters
+from bento.content_filter import load_filter
 from bento.route_watcher import Routes
 from bento.scorer import Scorer
 from ft_assets import file_scoring
 from ft_assets.cli import app
-from ft_assets.file_scoring import ANSWER, score_file
-from ft_resources.errors import RequestError, SourceError
+from ft_assets.file_scoring import ANSWER, _appending, _known, score_file
+from ft_assets.platform import Platform
+from ft_resources.errors import RequestError, SourceError, SpecError
 from tests.bento.conftest import Workshop, World
 from tests.bento.writers import write_adapter, write_base
 
@@ -98,6 +100,76 @@ def test_bad_rows_stop_nothing_and_another_format_comes_out(scorer: Scorer, tmp_
     assert "line 2" in found[1]["error"]
 
 
+def test_what_spoils_a_request_is_told_beside_its_row(
+    scorer: Scorer, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.txt").write_text("forbidden\n")
+    monkeypatch.setenv("FT_CONTENT_WORDS", str(tmp_path / "words.txt"))
+    scorer.content_filter = load_filter("bento.content_filter:word_list")
+    conversation = [{"role": "user", "content": "hello"}]
+    texts = ["one", conversation, "two", "a forbidden word", json.dumps(conversation), "x" * 200_000, "three"]
+    file = write(tmp_path / "mails.jsonl", [{"text": text} for text in texts])
+    found = read(score_file(scorer, "t1", file).out)
+    assert [row["error_code"] for row in found] == [
+        None,
+        "invalid_input",
+        None,
+        "content_filtered",
+        None,
+        "input_too_large",
+        None,
+    ]
+    cells = write(tmp_path / "mails.csv", [{"text": text} for text in texts[4:]])
+    found = read(score_file(scorer, "t1", cells).out)
+    assert [row["error_code"] for row in found] == [None, "input_too_large", None]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_any_character_comes_through_also_when_it_goes_on(
+    scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(file_scoring, "AT_ONCE", 1)
+    file = tmp_path / "mails.jsonl"
+    texts = ["line\u2028separated\u0085text", "half \ud83d a pair", "a \udce4 byte", "plain"]
+    file.write_text("".join(json.dumps({"text": text, "kept": text}) + "\n" for text in texts))
+    out = tmp_path / f"answers.{ending}"
+
+    class Answered(Exception):
+        pass
+
+    def stop(done: int, failed: int) -> None:
+        raise Answered
+
+    for _ in texts:
+        with pytest.raises(Answered):
+            score_file(scorer, "t1", file, out, show=stop)
+    scored = score_file(scorer, "t1", file, out)
+    assert (scored.rows, scored.resumed) == (4, 4)
+    if ending == "csv":
+        kept = [row["kept"].encode("utf-8") for row in csv.DictReader(out.open(encoding="latin-1", newline=""))]
+        assert len(kept) == 4
+        assert b"\xe4" in out.read_bytes()
+    else:
+        lines = out.read_bytes().decode("utf-8", "surrogateescape").split("\n") if ending == "jsonl" else []
+        kept = [json.loads(line)["kept"] for line in lines if line] or [row["kept"] for row in read(out)]
+        assert kept[0] == texts[0]
+        assert kept[1] == (texts[1] if ending == "jsonl" else "half \ufffd a pair")
+
+
+def test_an_answer_with_a_line_separator_is_one_line_of_the_journal(tmp_path: Path) -> None:
+    journal, about = tmp_path / "journal", {"file": "x"}
+    rows = [{"predicted_text": "one\u2028two"}, {"predicted_text": "\ud83d"}]
+    with _appending(journal, about) as keep:
+        keep(rows)
+    journal.write_bytes(journal.read_bytes() + b'{"cut')
+    before = journal.stat().st_ino
+    assert _known(journal, about) == rows
+    with _appending(journal, about) as keep:
+        keep(rows[:1])
+    assert _known(journal, about) == [*rows, rows[0]]
+    assert journal.stat().st_ino == before
+
+
 def test_an_interrupted_run_goes_on(
     scorer: Scorer,
     world: World,
@@ -160,9 +232,10 @@ def test_texts_and_fields_are_written_too(scorer: Scorer, world: World, tmp_path
     chats = read(score_file(scorer, "chat", file).out)
     assert {row["finish_reason"] for row in chats} <= {"stop", "length"}
     assert all(row["error"] is None and row["predicted_label"] is None for row in chats)
+    file = write(tmp_path / "documents.csv", [{"text": "A house."}, {"text": '[{"a": 1}]'}])
     fields = read(score_file(scorer, "read", file, tmp_path / "fields.jsonl").out)
     assert set(json.loads(fields[0]["extracted"])) == {"kind", "furnished", "rooms"}
-    assert fields[1]["error_code"] == "invalid_input"
+    assert fields[1]["error"] is None  # a document is a document, whatever it looks like
 
 
 @pytest.mark.parametrize(
@@ -202,3 +275,19 @@ def test_the_command_answers_files_and_texts(scorer: Scorer, world: World, tmp_p
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].split()[0] in ("ham", "spam")
     assert CliRunner().invoke(app, ["predict", "t1", "nowhere.csv", *home]).exit_code == 2
+
+
+def test_the_platform_answers_as_the_environment_asks(
+    scorer: Scorer, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.txt").write_text("forbidden\n")
+    monkeypatch.setenv("FT_CONTENT_WORDS", str(tmp_path / "words.txt"))
+    monkeypatch.setenv("FT_CONTENT_FILTER", "bento.content_filter:word_list")
+    platform = Platform.open(world.home)
+    assert platform.predict("t1", ["allowed"])[0].label in ("ham", "spam")
+    with pytest.raises(RequestError) as caught:
+        platform.predict("t1", ["a forbidden word"])
+    assert caught.value.error_code == "content_filtered"
+    monkeypatch.setenv("FT_GENERATION_ENGINE", "pen")
+    with pytest.raises(SpecError, match="FT_GENERATION_ENGINE"):
+        Platform.open(world.home)

@@ -27,8 +27,8 @@ SHARED = all(folder.stat().st_mode & 0o005 == 0o005 for folder in Path(sys.execu
 """Whether another user may run this Python."""
 DIGEST = "ab" * 32
 CLIENT = """
-import json, socket, sys, time, urllib.request
-url, body = sys.argv[1:]
+import json, socket, sys, time, urllib.error, urllib.request
+url, body, key = sys.argv[1:]
 for _ in range(400):
     try:
         urllib.request.urlopen(url + "/readyz", timeout=5)
@@ -36,7 +36,14 @@ for _ in range(400):
     except OSError:
         time.sleep(0.1)
 request = urllib.request.Request(url + "/predict", body.encode(), {"content-type": "application/json"})
+try:
+    urllib.request.urlopen(request, timeout=60)
+    without_key = 200
+except urllib.error.HTTPError as error:
+    without_key = error.code
+request.add_header("authorization", "Bearer " + key)
 answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
+answer["without_key"] = without_key
 try:
     socket.create_connection(("192.0.2.1", 80), 0.2).close()
     answer["network"] = True
@@ -122,6 +129,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
         "BENTOML_HOME": str(home / "bentoml"),
         **{name: value for name, value in images.VARIABLES.items() if name != "FT_HOME"},
         "FT_HOME": str(home / "ft"),
+        "FT_API_KEYS": "key-of-the-test",
     }
     log = place / "serve.log"
     with log.open("wb") as sink:
@@ -137,7 +145,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
         inside = ["nsenter", f"--net=/proc/{process.pid}/ns/net"] if PRIVILEGED else []
         body = json.dumps({"task": "t1", "inputs": ["Your invoice is attached."]})
         said = subprocess.run(
-            [*inside, sys.executable, "-c", CLIENT, f"http://127.0.0.1:{port}", body],
+            [*inside, sys.executable, "-c", CLIENT, f"http://127.0.0.1:{port}", body, "key-of-the-test"],
             capture_output=True,
             text=True,
             check=False,
@@ -146,6 +154,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
         answer = json.loads(said.stdout)
         assert (answer["status"], answer["model"], answer["adapter"]) == ("ok", "t1@7", DIGEST)
         assert answer["results"][0]["label"] in ("ham", "spam")
+        assert answer["without_key"] == 401, "in an image nobody is trusted for where they stand"
         assert (home / "ft" / "ledger.db").is_file(), "answers are recorded in the home"
         if PRIVILEGED:
             assert answer["network"] is False

@@ -54,6 +54,9 @@ def test_series_of_releases_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         return REGISTRY.get_sample_value(name, labels | more)
 
     assert [value("ft_requests_total", one, outcome="ok") for one in (*subjects, OTHERS)] == [2, 2, 2, *[None] * 3, 6]
-    for name, more in (("ft_request_seconds_count", {"outcome": "ok"}), ("ft_phase_seconds_count", {"phase": "compute"})):
+    for name, more in (
+        ("ft_request_seconds_count", {"outcome": "ok"}),
+        ("ft_phase_seconds_count", {"phase": "compute"}),
+    ):
         assert [value(name, one, **more) for one in (*subjects, OTHERS)] == [2, *[None] * 5, 10]
     metrics._series.cache_clear()

@@ -204,25 +204,6 @@ def test_workers_agree_on_a_new_route_within_a_second(world: Any, server: Server
     assert min(busy) > 0
 
 
-def test_workers_do_not_outlive_a_killed_supervisor(make_world: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    world = make_world(tmp_path_factory.mktemp("orphans"))
-    world.release("t1", world.first, "1")
-    world.ledger.close()
-    server = start(world.home)
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    try:
-        assert workers(server)
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=15)
-        assert alive == []
-    finally:
-        for one in children:
-            if one.is_running():
-                one.kill()
-        server.client.close()
-
-
 @pytest.mark.slow
 def test_a_term_refuses_new_requests_answers_those_in_flight_and_resets_none(
     make_world: Any, tmp_path_factory: pytest.TempPathFactory
@@ -292,3 +273,18 @@ def until(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_workers_do_not_outlive_a_killed_supervisor(server: Server) -> None:
+    """The last one in this file: nothing is left of the server."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    try:
+        assert workers(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=15)
+        assert alive == []
+    finally:
+        for one in children:
+            if one.is_running():
+                one.kill()

@@ -107,6 +107,15 @@ def test_a_folder_without_a_release_bakes_none(tmp_path: Path) -> None:
         read_baked(tmp_path)
 
 
+def test_a_refusal_tells_of_the_tasks_it_may_tell_of() -> None:
+    entry = RouteEntry(adapter=OLD, model_version="1", release_id="r", share=1)
+    table = RouteTable({name: Route(name, 1, (entry,)) for name in ("mail-triage", "mail-secret")})
+    for told, named in ((None, {"mail-triage", "mail-secret"}), ({"mail-triage", "gone"}, {"mail-triage"})):
+        with pytest.raises(RequestError) as caught:
+            table.route("mail-secre", told)
+        assert {name for name in table.routes if name in caught.value.mend} == named
+
+
 def test_an_entry_says_in_which_precision_it_is_served() -> None:
     share = {"adapter": OLD, "model_version": "1", "release_id": "r", "share": 1}
     assert read_plan("mail-triage", {"shares": [share]}).shares[0].precision == "auto"

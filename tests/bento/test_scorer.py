@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bento.adapters import AdapterStore, BasePool, LakeAdapters
+from bento.adapters import AdapterStore, BakedAdapter, BasePool, LakeAdapters
+from bento.protocol import FeedbackRequest
 from bento.route_watcher import Routes, RouteWatcher
+from bento.routing import read_baked
 from bento.scorer import Scorer
-from ft_resources.errors import ArtefactError, RequestError
-from ft_resources.lake import Lake
+from ft_resources.errors import ArtefactError, RequestError, ServiceError
+from ft_resources.lake import Lake, file_hashes
 from ft_resources.ledger import Ledger
 
 TEXT = "Please find the invoice attached."
@@ -198,15 +200,33 @@ def test_a_release_beside_the_service_answers_alone(
     (root / "models").mkdir(exist_ok=True)
     (root / "models" / "base").symlink_to(workshop.base.path)
     release = {"task": "t1", "release_id": "rel-baked", "model_version": "7", "adapter": world.first, "base": "gone"}
+    release |= {"files": file_hashes(root / "models" / "adapter"), "review_below": 1}
     (root / "release.json").write_text(json.dumps(release))
     empty = tmp_path / "empty"
     ledger = Ledger(f"sqlite:///{empty / 'ledger.db'}")
     scorer = Scorer.open(Lake(empty / "lake"), ledger, baked=root, precision="fp32", device="cpu")
     (prediction,) = scorer.predict("t1", [TEXT])
     assert (prediction.release_id, prediction.model_version) == ("rel-baked", "7")
+    assert prediction.decision == "review"
     assert ledger.prediction(prediction.prediction_id)["adapter"] == world.first
     assert scorer.predict("t1", [TEXT], model_version="7")[0].adapter == world.first
     ledger.close()
     live = Scorer.open(world.lake, world.ledger, baked=root, precision="fp32", device="cpu")
     live_release = world.release("t1", world.second, "8")
     assert live.predict("t1", [TEXT])[0].release_id == live_release, "a route in the ledger wins"
+    head = root / "models" / "adapter" / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1] + b"x")
+    baked = read_baked(root)
+    assert baked is not None
+    with pytest.raises(ServiceError, match=r"not the one that was built in: head\.safetensors"):
+        BakedAdapter(baked, LakeAdapters(world.lake)).folder(world.first)
+
+
+def test_a_text_for_an_answer_whose_adapter_is_gone_is_refused_typed(world: Any, scorer: Scorer) -> None:
+    world.release("t1", world.first, "1")
+    (prediction,) = scorer.predict("t1", [TEXT])
+    row = world.ledger.prediction(prediction.prediction_id)
+    world.ledger.log_predictions([row | {"id": "written", "output": "a text", "adapter": "f" * 64, "release_id": "r"}])
+    with pytest.raises(RequestError) as caught:
+        scorer.feedback(FeedbackRequest(prediction_id="written", text="another text"))
+    assert (caught.value.error_code, caught.value.status) == ("not_ready", 503)

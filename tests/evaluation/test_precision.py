@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from bento.devices import pick_device, precisions_of
+from bento.engine import Engine
 from ft_assets.evaluation.classification_gates import serves_what_was_evaluated
 from ft_assets.evaluation.policy import GatePolicy
-from ft_assets.evaluation.precision import choose_engine, plain_probabilities
+from ft_assets.evaluation.precision import ALONE_ROWS, agreement, choose_engine, engine_of, plain_probabilities
 from ft_assets.evaluation.report import EvalReport, Serving
 from ft_resources.base_models import BaseModel, resolve
 from ft_resources.lake import Artefact, Lake
@@ -105,6 +106,26 @@ def test_what_flips_decisions_at_the_boundary_is_served_in_fp32(
     assert engine.precision == serving.precision == serving.tried[-1].precision != faster
     assert serving.agreement == 1.0
     assert judged(serving, policy)[0]
+
+
+def test_a_champion_answers_in_what_it_was_released_in(
+    base: BaseModel, adapters: dict[str, Artefact], faster: str
+) -> None:
+    engine = Engine(base, precision=faster, device="cpu")
+    assert engine_of(adapters["apart"], faster, "cpu", engine) is engine
+    other = engine_of(adapters["apart"], "fp32", "cpu", engine)
+    assert (other.precision, other.base.digest) == ("fp32", base.digest)
+
+
+def test_a_row_that_is_asked_alone_may_not_get_another_answer(base: BaseModel, adapters: dict[str, Artefact]) -> None:
+    adapter = adapters["apart"]
+    texts = [f"{text} ({number})" for number in range(11) for text in APART]  # some are asked in the batch alone
+    plain = plain_probabilities(base, adapter.folder, adapter.json("adapter.json"), texts)
+    engine = Engine(base, precision="fp32", device="cpu")
+    engine.load(adapter.digest, adapter.folder)
+    assert len(texts) > ALONE_ROWS
+    found = agreement(engine, adapter.digest, texts, plain)
+    assert (found.rows, found.agreement, found.changed_by_neighbours) == (len(texts), 1.0, 0)
 
 
 def test_a_policy_that_allows_only_what_flips_decisions_refuses_the_candidate(

@@ -59,6 +59,17 @@ def test_a_generation_task_goes_the_whole_way(answering: Platform) -> None:
     assert report.adapter[:12] in answering.report_page(TASK).read_text(encoding="utf-8")
 
 
+def test_texts_are_served_in_what_they_were_evaluated_in_by_what_wrote_them(answering: Platform) -> None:
+    live, report, route = answering.live(TASK), report_of(answering, TASK), answering.ledger.route(TASK)
+    assert live is not None and route is not None
+    assert report.serving.engine == live["decision"]["engine"] == "torch"
+    assert (
+        report.serving.precision == live["decision"]["precision"] == route["plan"]["shares"][0]["precision"] != "auto"
+    )
+    with pytest.raises(GateRefusal, match="evaluated as torch writes them"):
+        promotion.examine(answering.lake, answering.ledger, answering.tasks.get(TASK).spec, engine="vllm")
+
+
 def test_the_answers_are_those_of_plain_peft(answering: Platform) -> None:
     import torch
     from peft import PeftModel

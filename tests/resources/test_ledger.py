@@ -1,5 +1,6 @@
 """One set of tests, run on SQLite and on a real PostgreSQL server."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -237,7 +238,12 @@ def test_predictions_of_a_time_with_feedback_joined(ledger: Ledger) -> None:
     assert rows["id"].tolist() == ["early", "late"]
     assert rows["true_label"].tolist() == [None, "spam"]
     assert rows["rating"].tolist() == [None, -1]
-    assert list(rows.columns) == [*(column.name for column in schema.predictions.c), "true_label", "rating", "true_text"]
+    assert list(rows.columns) == [
+        *(column.name for column in schema.predictions.c),
+        "true_label",
+        "rating",
+        "true_text",
+    ]
     nothing = ledger.predictions_between(TASK, NOON - timedelta(days=9), NOON - timedelta(days=8))
     assert nothing.empty
     for one in (rows, nothing):
@@ -351,6 +357,23 @@ def test_a_key_is_kept_without_its_secret_and_has_its_name_alone(ledger: Ledger)
     ledger.add_key(api_keys.make("shop", "reader", created_by="ada")[0])
     assert [one.revoked_at is None for one in ledger.api_keys() if one.name == "shop"] == [False, True]
     assert [event["subject"] for event in ledger.audit_events()] == ["shop", "all", "same", "shop", "shop"]
+
+
+def test_keys_that_were_made_with_a_key_end_with_it(ledger: Ledger) -> None:
+    def add(name: str, role: str, by: str) -> api_keys.ApiKey:
+        key, _ = api_keys.make(name, role, created_by=by)
+        ledger.add_key(key)
+        return key
+
+    boss = add("boss", "admin", "ada")
+    owner = add("owner", "owner", api_keys.made_by("boss", boss.id))
+    add("reader", "reader", api_keys.made_by("owner", owner.id))
+    add("by-hand", "reader", "boss")  # a person of that name, at the command line
+    assert ledger.revoke_key("reader", "ada") == []
+    add("reader", "reader", api_keys.made_by("owner", owner.id))
+    assert ledger.revoke_key("boss", "ada") == ["owner", "reader"]
+    assert [key.name for key in ledger.api_keys() if key.revoked_at is None] == ["by-hand"]
+    assert json.loads(ledger.audit_events()[-1]["detail"]) == {"made_with_it": ["owner", "reader"]}
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def serves_what_was_evaluated(report: GenerationReport, policy: GatePolicy) -> G
         "least_agreement": least,
         "tokens": float(serving.tokens),
         "rows": float(serving.rows),
+        "engine": serving.engine,
         "precision": serving.precision,
         "max_logprob_difference": serving.max_logprob_difference,
     }
@@ -141,8 +142,8 @@ def serves_what_was_evaluated(report: GenerationReport, policy: GatePolicy) -> G
         reason = f"The serving engine was compared with plain peft on {serving.tokens} tokens, which shows nothing."
         return GateResult(passed=False, reason=reason, evidence=evidence)
     reason = (
-        f"The serving engine ({serving.precision}) wrote {serving.tokens} tokens, of which plain peft in fp32 agrees "
-        f"with a share of {shown(serving.agreement, least)}; the policy asks for {least:g}."
+        f"The serving engine ({serving.engine}, {serving.precision}) wrote {serving.tokens} tokens, of which plain "
+        f"peft in fp32 agrees with a share of {shown(serving.agreement, least)}; the policy asks for {least:g}."
     )
     return GateResult(passed=serving.agreement >= least - ROUNDING, reason=reason, evidence=evidence)
 

@@ -53,6 +53,8 @@ class AnswerLatency(Part):
 class TokenAgreement(Part):
     """The tokens that the serving engine wrote, against what plain peft in fp32 would have written in their place."""
 
+    engine: str = "torch"
+    """`torch` or `vllm`."""
     precision: str
     rows: int
     tokens: int

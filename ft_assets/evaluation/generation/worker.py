@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bento.adapter_files import read_reference
+from bento.adapters import BasePool
 from bento.conversation import Field
-from bento.generation.engine import Generator
+from bento.devices import pick_device, served_in
 from bento.texts import sampling_of
 from ft_assets.data.assembly import split_rows
 from ft_assets.evaluation.gate import decide
@@ -37,11 +39,21 @@ TIE = 0.1
 
 
 class Side:
-    """One base model as it is served and as plain peft has it, with the adapters that stand on it."""
+    """One base model as it is served and as plain peft has it, with the adapters that stand on it.
 
-    def __init__(self, base: str, adapters: Mapping[str, Artefact]) -> None:
-        resolved = resolve(base)
-        self.engine = Generator(resolved, device=Environment.read().device)
+    The engine is the one that a service in this environment makes.
+
+    Args:
+        adapters: Name -> adapter, at least one.
+        precision: What they are released in.
+    """
+
+    def __init__(self, base: str, adapters: Mapping[str, Artefact], precision: str = "auto") -> None:
+        resolved, environment = resolve(base), Environment.read()
+        self.precision = served_in(precision, pick_device(environment.device))
+        self.engine_name = environment.generation_engine
+        pool = BasePool([resolved], device=environment.device, generation=self.engine_name)
+        self.engine: Any = pool.engine(read_reference(next(iter(adapters.values())).folder), self.precision)
         self.loaded: dict[str, Any] = {BASE: None}
         self.loaded |= {name: self.engine.load(one.digest, one.folder) for name, one in adapters.items()}
         self.plain = PlainModel(resolved, {name: one.folder for name, one in adapters.items()})
@@ -58,17 +70,20 @@ def evaluate_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     test = every.head(policy.max_answered_rows)  # rows stand in the order of their ids, which are hashes
     question = Question(about["type"], fields, about["instruction"], test["text"].tolist())
     progress(f"loading the serving engine for {len(test)} of {len(every)} test rows", force=True)
-    base, others = about["base"]["model"], {}
+    base, beside, asked, costs = about["base"]["model"], {"candidate": candidate}, {}, {}
     if champion is not None:
-        others[champion.json("adapter.json")["base"]["model"]] = {"champion": champion}
-    side = Side(base, {"candidate": candidate, **others.pop(base, {})})
-    asked = {who: _asked(side, who, question, progress) for who in side.loaded}
-    costs = {who: _costs(side, who, question, test["label"], about["max_tokens"], progress) for who in side.loaded}
-    for reference, adapters in others.items():  # a champion on another base model
-        apart = Side(reference, adapters)
-        asked |= {who: _asked(apart, who, question, progress) for who in adapters}
-        costs |= {who: _costs(apart, who, question, test["label"], about["max_tokens"], progress) for who in adapters}
-        apart.engine.close()
+        reference, precision = champion.json("adapter.json")["base"]["model"], job["champion_precision"]
+        device = pick_device(Environment.read().device)
+        if reference == base and served_in(precision, device) == served_in("auto", device):
+            beside["champion"] = champion
+        else:  # it goes before the other engine comes: one alone may fill a GPU
+            apart = Side(reference, {"champion": champion}, precision)
+            asked["champion"] = _asked(apart, "champion", question, progress)
+            costs["champion"] = _costs(apart, "champion", question, test["label"], about["max_tokens"], progress)
+            apart.engine.close()
+    side = Side(base, beside)
+    asked |= {who: _asked(side, who, question, progress) for who in side.loaded}
+    costs |= {who: _costs(side, who, question, test["label"], about["max_tokens"], progress) for who in side.loaded}
     frame = test.drop(columns="masked", errors="ignore").join(
         [_columns(asked[who], costs[who]).add_prefix(f"{who or 'base'}_").set_index(test.index) for who in asked]
     )
@@ -160,7 +175,8 @@ def _agreement(
     behind = np.concatenate([one.behind for one in scores]) if scores else np.zeros(0)
     gaps = [abs(float(one.logprobs.mean()) - known) for one, known in zip(scores, sure, strict=True)]
     return TokenAgreement(
-        precision=side.engine.precision,
+        engine=side.engine_name,
+        precision=side.precision,
         rows=len(scores),
         tokens=len(behind),
         same=float((behind == 0).mean()) if len(behind) else math.nan,

@@ -327,11 +327,70 @@ def test_embeddings_are_mean_states(tiny: Tiny, generator: Generator) -> None:
         prompt(generator, 30), generator.adapter("odd"), Sampling(max_tokens=100, temperature=1.0)
     )
     for name in (None, "everything"):
-        found = generator.embed(texts, adapter(generator, name))
+        chosen = adapter(generator, name)
+        found = np.stack([generator.embed(generator.prompt_embedding(text, chosen), chosen) for text in texts])
         wanted = torch.stack([tiny.states(name, generator.tokens(text)).mean(0) for text in texts]).numpy()
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     answered(running)
+
+
+@pytest.mark.parametrize(("part", "name"), [("_cache", "take"), ("_cache", "release"), ("_model", "logits")])
+def test_a_fault_of_any_kind_fails_its_requests_and_no_later_ones(
+    small: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch, part: str, name: str
+) -> None:
+    engine = small()
+    how = Sampling(max_tokens=5)
+    expected = answered(engine.submit(prompt(engine, 10), None, how)).text
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a fault")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(engine, part), name, broken)
+        request = engine.submit(prompt(engine, 10), None, how)
+        if name == "release":  # the answer is there by then
+            answered(request)
+            request = engine.submit(prompt(engine, 10), None, how)
+            wait([request.future], 60)
+        else:
+            with pytest.raises(ServiceError, match="could not be computed"):
+                answered(request)
+    assert answered(engine.submit(prompt(engine, 10), None, how)).text == expected
+    assert engine.alive
+
+
+def test_tasks_take_turns(tiny: Tiny, small: Callable[..., Generator]) -> None:
+    engine = small(most_rows=1)
+    for name in ("odd", "other"):
+        engine.load(name, tiny.adapters[name])
+    first = engine.submit(prompt(engine, 10), None, Sampling(max_tokens=200, temperature=1.0, seed=1))
+    order = list[str]()
+    later = []
+    for name in ("odd", "odd", "odd", "other"):
+        request = engine.submit(prompt(engine, 10), engine.adapter(name), Sampling(max_tokens=2))
+        request.future.add_done_callback(lambda _, name=name: order.append(name))
+        later.append(request)
+    assert not first.future.done(), "the others were to wait for it"
+    for request in later:
+        answered(request)
+    assert order == ["odd", "other", "odd", "odd"]
+
+
+def test_who_was_given_up_takes_no_place_in_the_queue(small: Callable[..., Generator]) -> None:
+    engine = small(most_rows=1, most_waiting=2)
+    how = Sampling(max_tokens=400, temperature=1.0, seed=1)
+    running = engine.submit(prompt(engine, 10), None, how)
+    while not engine.running:
+        assert not running.future.done()
+    waiting = [engine.submit(prompt(engine, 10), None, how) for _ in range(2)]
+    with pytest.raises(RequestError, match="wait already"):
+        engine.submit(prompt(engine, 10), None, how)
+    for request in waiting:
+        request.cancel()
+    last = engine.submit(prompt(engine, 10), None, Sampling(max_tokens=2))
+    running.cancel()
+    assert answered(last).completion_tokens
 
 
 def test_closing_fails_what_was_not_answered(tiny: Tiny) -> None:

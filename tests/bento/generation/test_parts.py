@@ -86,6 +86,14 @@ def test_the_most_probable_token_and_its_logprob() -> None:
     assert logprobs == pytest.approx(torch.log_softmax(logits, -1)[[0, 1], [1, 0]].tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_near_zero_is_greedy(top_p: float) -> None:
+    logits = torch.tensor([[0.0, 80.0, 79.0]])
+    for temperature in (1e-45, 1e-38, 1e-6):
+        tokens, logprobs = choose(logits, [Choice(temperature, top_p, 0.999)])
+        assert tokens == [1] and torch.tensor(logprobs).isfinite().all()
+
+
 def test_only_allowed_tokens_are_chosen() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
     allowed = torch.zeros(4, 50, dtype=torch.bool)
@@ -169,6 +177,17 @@ def test_a_schema_is_followed_and_compiled_once(tokenizer: Tokenizer) -> None:
 def test_a_schema_that_cannot_be_followed_is_refused(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
     with pytest.raises(RequestError, match="cannot be followed"):
         Grammars(tokenizer, tokenizer.get_vocab_size(), [0]).matcher(schema)
+
+
+def test_a_schema_that_is_too_large_or_too_deep_is_refused(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, tokenizer.get_vocab_size(), [0])
+    with pytest.raises(RequestError, match="65,536 are taken"):
+        grammars.matcher({"enum": ["x" * 70_000]})
+    deep: dict[str, object] = {"type": "string"}
+    for _ in range(100_000):
+        deep = {"not": deep}
+    with pytest.raises(RequestError, match="nested too deeply"):
+        grammars.matcher(deep)
 
 
 def test_a_tokenizer_that_no_grammar_knows_is_refused_when_one_is_asked_for() -> None:

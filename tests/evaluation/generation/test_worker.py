@@ -84,6 +84,19 @@ def test_answers_come_in_the_order_of_the_prompts_and_alone_as_among_others(side
     assert latency.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("released", ["bf16", "fp32"])
+def test_a_side_computes_in_what_its_adapters_were_released_in(
+    base: Path, made: dict[str, Artefact], question: Question, released: str
+) -> None:
+    side = Side(str(base), {"champion": made["other"]}, released)
+    try:
+        assert side.precision == side.engine.precision == released
+        prompts = question.prompts(side.engine, side.loaded["champion"])
+        assert len(ask(side.engine, side.loaded["champion"], prompts, SHORT)) == len(prompts)
+    finally:
+        side.engine.close()
+
+
 def test_a_prompt_that_is_too_long_is_answered_by_nothing(side: Side) -> None:
     prompts = [[5] * 2000, [5, 6, 7]]
     answers = ask(side.engine, None, prompts, SHORT)
