@@ -21,8 +21,7 @@ def postgres() -> Iterator[str]:
     if not all(map(shutil.which, PROGRAMS)):
         pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
     root = os.getuid() == 0
-    # the server refuses to run as root
-    become = ["runuser", "-u", "postgres", "--"] if root else []
+    user = "postgres" if root else None  # the server refuses to run as root
     home = Path(tempfile.mkdtemp(prefix="ft-postgres-"))
     if root:
         shutil.chown(home, "postgres", "postgres")
@@ -33,7 +32,7 @@ def postgres() -> Iterator[str]:
     options = f"-p {port} -k {home} -c listen_addresses='' -c fsync=off -c full_page_writes=off -c shared_buffers=32MB"
 
     def run(*command: str) -> None:
-        subprocess.run([*become, *command], cwd=home, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(command, user=user, group=user, cwd=home, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
     try:
         run("initdb", "-D", data, "-U", "ft", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
