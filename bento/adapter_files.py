@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic
 
+from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Form = TypeVar("Form", bound=pydantic.BaseModel)
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 EXACT_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, ...) change them."""
+OTHER_BASE = "Serve it with the base model it was trained on."
 HARMLESS = frozenset(
     {
         "alpha_pattern",
@@ -191,6 +193,38 @@ def read_adapter(folder: Path) -> AdapterFiles:
         head_weight=head["weight"].float(),
         head_bias=head["bias"].float(),
     )
+
+
+def check_base(trained_on: BaseReference, base: BaseModel, folder: Path) -> None:
+    """Raises:
+    ServiceError: The adapter in `folder` was trained on another base model than `base`.
+    """
+    if trained_on.digest != base.digest:
+        raise ServiceError(
+            f"the adapter was trained on another base model ({trained_on.model}, {trained_on.digest[:12]}) "
+            f"than the one in memory ({base.digest[:12]})",
+            where=str(folder),
+            mend=OTHER_BASE,
+        )
+
+
+def check_updates(updates: Mapping[str, LowRank], layers: "Mapping[str, torch.nn.Linear]", folder: Path) -> None:
+    """Raises:
+    ServiceError: An update in `folder` fits no layer of the base model; `layers` are the ones it may update.
+    """
+    for module, low in updates.items():
+        layer = layers.get(module)
+        if layer is None:
+            raise ServiceError(
+                f"the base model has no plain linear layer '{module}'", where=str(folder), mend=OTHER_BASE
+            )
+        if (low.a.shape[1], low.b.shape[0]) != (layer.in_features, layer.out_features):
+            raise ServiceError(
+                f"the update of '{module}' maps {low.a.shape[1]} to {low.b.shape[0]} values, "
+                f"the layer {layer.in_features} to {layer.out_features}",
+                where=str(folder),
+                mend=OTHER_BASE,
+            )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Made = TypeVar("Made", "Answers", "Measured")
 REFUSALS = {
     400: "The body is not JSON; below /v1/ also: a parameter is not what the protocol asks for, or not supported.",
     401: "No valid key.",
@@ -118,6 +119,44 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     finally:
         waiting = False
         leaving.cancel()
+
+
+async def computed(
+    request: Request,
+    backend: Backend,
+    task: str,
+    pieces: "Sequence[Piece]",
+    costs: Sequence[int],
+    finish: "Callable[[Sequence[Scored | Failed]], Made]",
+) -> "Made":
+    """What `finish` makes of the texts of a request, computed in turn with those of others.
+
+    Raises:
+        RequestError: See `Batcher.submit`.
+        CallerGone: The caller went away first.
+    """
+    state = request.state
+    work = backend.batcher.submit(
+        pieces,
+        costs,
+        finish,
+        task=task,
+        caller=state.caller.name,
+        deadline=state.deadline,
+        phases=state.phases,
+    )
+    made: Any = await while_connected(request, work)
+    return made
+
+
+async def measured(
+    request: Request, backend: Backend, task: str, pieces: "Sequence[Piece]"
+) -> "tuple[list[Scored], int]":
+    """What the engine gives for texts that are not recorded, and how many tokens they have."""
+    from bento.admitted import Measured
+
+    costs = [len(piece.encoded.ids) for piece in pieces]
+    return (await computed(request, backend, task, pieces, costs, Measured)).whole(), sum(costs)
 
 
 async def disconnect(request: Request) -> None:

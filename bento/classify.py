@@ -61,7 +61,7 @@ def classify(pooled: torch.Tensor, heads: Sequence[Head]) -> list[Scored]:
         ServiceError: A probability is not finite.
     """
     most = max(len(head.labels) for head in heads)
-    logits = torch.full((len(pooled), most), -torch.inf, device=pooled.device)
+    logits = torch.full((len(pooled), most), -torch.inf, dtype=torch.float32, device=pooled.device)
     for head in heads:
         rows = torch.nn.functional.linear(pooled[head.start : head.stop], head.weight, head.bias)
         logits[head.start : head.stop, : len(head.labels)] = rows / head.temperature

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModel
 
 from bento.devices import DTYPES, Precision, fast_matmul, keep_memory, native_bf16
+from bento.loading import load_network
 from bento.multi_lora import MultiLora, Segments, Update, wrap_linears
 from bento.packing import PACKED, laid_out, layout
 from ft_resources.base_models import BaseModel
-from ft_resources.errors import ServiceError
 
 EXACT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference between packed and padded states that counts as rounding, relative to their size."""
@@ -32,16 +32,8 @@ class Encoder:
     def __init__(self, base: BaseModel, precision: Precision, device: torch.device) -> None:
         keep_memory()
         self.precision, self.device, self.dtype = precision, device, DTYPES[precision]
-        try:
-            model = AutoModel.from_pretrained(base.path, dtype=self.dtype, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ServiceError(
-                f"base model '{base.reference}' cannot be loaded: {error}",
-                where=str(base.path),
-                mend="Check that the folder was written by transformers' save_pretrained.",
-            ) from error
-        self._model: Any = model.to(device).eval().requires_grad_(False)
-        self.config: Any = model.config
+        self._model: Any = load_network(AutoModel, base, self.dtype, device)
+        self.config: Any = self._model.config
         self.update_dtype = torch.bfloat16 if precision == "int8" and native_bf16(device) else self.dtype
         self._segments = Segments(self.update_dtype, device)
         self.layers: dict[str, MultiLora] = wrap_linears(self._model, self._segments)
@@ -91,7 +83,7 @@ class Encoder:
             else:
                 starts = torch.arange(len(texts), device=self.device) * (len(states) // len(texts))
                 ends = starts + lengths
-            pooled = torch.empty(len(texts), states.shape[-1], device=self.device)
+            pooled = torch.empty(len(texts), states.shape[-1], dtype=torch.float32, device=self.device)
             for pooling in set(poolings):
                 chosen = torch.tensor([each == pooling for each in poolings], device=self.device).nonzero().flatten()
                 if pooling == "mean":
@@ -104,7 +96,7 @@ class Encoder:
     def _means(self, states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         texts = torch.arange(len(lengths), device=self.device)
         if self.packed:
-            total = torch.zeros(len(lengths), states.shape[-1], device=self.device)
+            total = torch.zeros(len(lengths), states.shape[-1], dtype=torch.float32, device=self.device)
             total.index_add_(0, texts.repeat_interleave(lengths), states.float())
         else:
             padded = states.float().view(len(lengths), -1, states.shape[-1])

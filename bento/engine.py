@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from bento.adapter_files import AdapterFiles, Manifest, read_adapter
+from bento.adapter_files import OTHER_BASE, AdapterFiles, Manifest, check_base, check_updates, read_adapter
 from bento.classify import Head, Scored, classify, passes
 from bento.devices import PASS_TOKENS, pick_device, pick_precision
 from bento.encoder import Encoder
@@ -181,19 +181,12 @@ class Engine:
         return classify(pooled, heads)
 
     def _check(self, files: AdapterFiles, folder: Path) -> None:
-        mend = "Serve it with the base model it was trained on."
-        if files.manifest.base.digest != self.base.digest:
-            raise ServiceError(
-                f"the adapter was trained on another base model ({files.manifest.base.model}, "
-                f"{files.manifest.base.digest[:12]}) than the one in memory ({self.base.digest[:12]})",
-                where=str(folder),
-                mend=mend,
-            )
+        check_base(files.manifest.base, self.base, folder)
         if files.head_weight.shape[1] != self.hidden:
             raise ServiceError(
                 f"the head takes {files.head_weight.shape[1]} values, the base model gives {self.hidden}",
                 where=str(folder),
-                mend=mend,
+                mend=OTHER_BASE,
             )
         longest = getattr(self._encoder.config, "max_position_embeddings", None)
         if longest is not None and files.manifest.max_tokens > longest:
@@ -202,17 +195,7 @@ class Engine:
                 where=str(folder),
                 mend="Train with a smaller max_tokens.",
             )
-        for module, low in files.updates.items():
-            layer = self._encoder.layers.get(module)
-            if layer is None:
-                raise ServiceError(f"the base model has no plain linear layer '{module}'", where=str(folder), mend=mend)
-            if (low.a.shape[1], low.b.shape[0]) != (layer.in_features, layer.out_features):
-                raise ServiceError(
-                    f"the update of '{module}' maps {low.a.shape[1]} to {low.b.shape[0]} values, "
-                    f"the layer {layer.in_features} to {layer.out_features}",
-                    where=str(folder),
-                    mend=mend,
-                )
+        check_updates(files.updates, self._encoder.layers, folder)
 
     def _tokenizer_for(self, max_tokens: int) -> Tokenizer:
         with self._loading:

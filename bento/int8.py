@@ -42,7 +42,7 @@ class Int8Weight:
         self._scales = top / LEVELS
         self._sums = levels.sum(1, dtype=torch.float32) * self._scales
         self._zeros = torch.zeros(len(weight), dtype=torch.long)
-        self._bias = torch.zeros(len(weight)) if bias is None else bias.detach().clone()
+        self._bias = torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach().clone()
 
     def product(self, inputs: "Int8Values") -> torch.Tensor:
         """input @ weight.T + bias, float32 [tokens, out]."""

@@ -70,7 +70,9 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
                 source=source.flatten().to(device),
                 real=None if full else there.flatten().nonzero().flatten().to(device),
                 target=source[there].to(device),
-                mask=None if full else torch.zeros(there.shape).masked_fill_(~there, -torch.inf)[:, None].to(device),
+                mask=None
+                if full
+                else torch.zeros(there.shape, dtype=torch.float32).masked_fill_(~there, -torch.inf)[:, None].to(device),
             )
         )
     return Layout(starts[-1], tuple(groups), dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from bento.auth import Caller
-from bento.backend import about, backend_for, backend_of, errors, while_connected
+from bento.backend import about, backend_for, backend_of, errors, measured, while_connected
 from bento.endpoints.openai_stream import ChatEvents, CompletionEvents, stream, usage_of
 from bento.endpoints.predictions import written
 from bento.openai_protocol import (
@@ -120,8 +120,6 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
 
     Each is divided by its length.
     """
-    from bento.admitted import Measured
-
     backend, state = backend_for(request, body.task), request.state
     chosen = await asyncio.to_thread(backend.scorer.choose, body.task, body.user, _key(), body.model_version)
     about(request, body.task, chosen.entry)
@@ -133,19 +131,8 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
         vectors, tokens = embedded.vectors, embedded.tokens
     else:
         pieces = await asyncio.to_thread(chosen.pieces, body.texts)
-        costs = [len(piece.encoded.ids) for piece in pieces]
-        work = backend.batcher.submit(
-            pieces,
-            costs,
-            Measured,
-            task=body.task,
-            caller=state.caller.name,
-            deadline=state.deadline,
-            phases=state.phases,
-        )
-        measured = await while_connected(request, work)
-        assert isinstance(measured, Measured)
-        vectors, tokens = np.stack([one.embedding for one in measured.whole()]).astype(np.float32), sum(costs)
+        scored, tokens = await measured(request, backend, body.task, pieces)
+        vectors = np.stack([one.embedding for one in scored]).astype(np.float32)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     state.tokens = (tokens, 0)
     answer = EmbeddingResponse(

@@ -9,7 +9,18 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from bento.auth import permit
-from bento.backend import Backend, CallerGone, about, backend_for, backend_of, errors, record_cut_off, while_connected
+from bento.backend import (
+    Backend,
+    CallerGone,
+    about,
+    backend_for,
+    backend_of,
+    computed,
+    errors,
+    measured,
+    record_cut_off,
+    while_connected,
+)
 from bento.endpoints.body_route import BodyRoute
 from bento.protocol import (
     ExplainRequest,
@@ -46,8 +57,6 @@ async def predict(body: PredictRequest, request: Request) -> Response:
 
     Every answer is recorded before it is sent.
     """
-    from bento.admitted import Answers
-
     backend, state = backend_for(request, body.task), request.state
     scorer = backend.scorer
     with state.phases("tokenise"):
@@ -60,17 +69,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
     if isinstance(admitted, Prompted):
         results = await written(request, backend, admitted)
     else:
-        work = backend.batcher.submit(
-            admitted.pieces,
-            admitted.costs,
-            admitted.answers,
-            task=body.task,
-            caller=state.caller.name,
-            deadline=state.deadline,
-            phases=state.phases,
-        )
-        answers = await while_connected(request, work)
-        assert isinstance(answers, Answers)
+        answers = await computed(request, backend, body.task, admitted.pieces, admitted.costs, admitted.answers)
         results = answers.results
         state.tokens = (sum(admitted.costs), 0)
     shown = answered(results)
@@ -161,7 +160,7 @@ async def feedback(body: FeedbackRequest, request: Request) -> FeedbackResponse:
 
 async def explain(body: ExplainRequest, request: Request) -> ExplainResponse:
     """What each part of a text adds to the probability of a label. Nothing of it is recorded as a prediction."""
-    from bento.admitted import Classifier, Measured
+    from bento.admitted import Classifier
     from bento.explanation import Question, visible
     from bento.texts import wrong_type
 
@@ -174,19 +173,10 @@ async def explain(body: ExplainRequest, request: Request) -> ExplainResponse:
     text = await asyncio.to_thread(visible, body.input, chosen.tokens)
     question = Question(text)
     pieces = await asyncio.to_thread(chosen.pieces, question.texts)
-    work = backend.batcher.submit(
-        pieces,
-        [len(piece.encoded.ids) for piece in pieces],
-        Measured,
-        task=body.task,
-        caller=state.caller.name,
-        deadline=state.deadline,
-        phases=state.phases,
+    scored, _ = await measured(request, backend, body.task, pieces)
+    found = question.explain(
+        np.stack([one.probabilities for one in scored]), chosen.adapter.manifest.labels, body.label
     )
-    measured = await while_connected(request, work)
-    assert isinstance(measured, Measured)
-    scored = np.stack([one.probabilities for one in measured.whole()])
-    found = question.explain(scored, chosen.adapter.manifest.labels, body.label)
     entry = chosen.entry
     return ExplainResponse(
         task=body.task,

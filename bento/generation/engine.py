@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bento.adapter_files import read_low_rank
-from bento.conversation import Message
+from bento.adapter_files import check_base, read_low_rank
 from bento.generation.adapters import GenerationAdapter
 from bento.generation.attention import Plan, Rows, Run
 from bento.generation.grammar import Grammars
@@ -25,7 +24,7 @@ from bento.generation.limits import check
 from bento.generation.lora import Mixture
 from bento.generation.manifest import read_generation_manifest
 from bento.generation.model import Decoder
-from bento.generation.prompts import Prompts
+from bento.generation.prompts import Prompting
 from bento.generation.sampling import choose
 from bento.generation.scheduling import Request, Waiting, shares
 from bento.generation.text import TextStream
@@ -46,7 +45,7 @@ CACHE_SHARE = 0.8
 """For keys and values, of what is free on a GPU beside the weights."""
 
 
-class Generator:
+class Generator(Prompting):
     """See `interface.TextGenerator`.
 
     Args:
@@ -76,8 +75,7 @@ class Generator:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.base = base
-        self._prompts = Prompts(base.path)
+        super().__init__(base)
         self._model = Decoder(base, precision, device)
         kind = self._model.device.type
         self._cache = self._model.cache(_cache_bytes(kind) if cache_bytes is None else cache_bytes)
@@ -146,13 +144,7 @@ class Generator:
         if known is not None:
             return known
         manifest = read_generation_manifest(folder)
-        if manifest.base.digest != self.base.digest:
-            raise ServiceError(
-                f"the adapter was trained on another base model ({manifest.base.model}, {manifest.base.digest[:12]}) "
-                f"than the one in memory ({self.base.digest[:12]})",
-                where=str(folder),
-                mend="Serve it with the base model it was trained on.",
-            )
+        check_base(manifest.base, self.base, folder)
         alone = Mixture([self._model.place(read_low_rank(folder), folder)], self._model.groups)
         adapter = GenerationAdapter(digest, manifest, alone, alone.pairs())
         with self._loading:
@@ -170,18 +162,6 @@ class Generator:
         if adapter is None:
             raise ServiceError(f"adapter {digest[:12]} is not loaded", mend="Load it first.")
         return adapter
-
-    def prompt(self, messages: Sequence[Message], adapter: GenerationAdapter | None) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.conversation(messages, adapter.manifest if adapter else None)
-
-    def prompt_extraction(self, document: str, adapter: GenerationAdapter) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.extraction(document, adapter.manifest)
-
-    def tokens(self, text: str) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.tokens(text)
 
     def prompt_embedding(self, text: str, adapter: GenerationAdapter | None) -> list[int]:
         """See `interface.TextGenerator`. The text is prepared as the adapter's contents are, and cut to the context."""

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from bento.adapter_files import LowRank
+from bento.adapter_files import LowRank, check_updates
 from bento.devices import fast_matmul, pick_device, pick_dtype
 from bento.generation import attention
 from bento.generation.attention import Plan, Rows, Run, lower_triangle, planned
 from bento.generation.cache import Cache
 from bento.generation.lora import Member, Pair, Updates, group_linears, place
+from bento.loading import load_network
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -38,7 +39,9 @@ class Decoder:
         self.base = base
         self.device = pick_device(device)
         self.dtype = pick_dtype(precision, self.device)
-        self._network: Any = _load(base, self.dtype).to(self.device).eval().requires_grad_(False)
+        self._network: Any = load_network(
+            AutoModelForCausalLM, base, self.dtype, self.device, attn_implementation="eager"
+        )
         self._inner: Any = getattr(self._network, self._network.base_model_prefix)
         config = self._network.config.get_text_config(decoder=True)
         heads = int(config.num_attention_heads)
@@ -76,18 +79,7 @@ class Decoder:
         Raises:
             ServiceError: An update does not fit a layer.
         """
-        mend = "Serve it with the base model it was trained on."
-        for module, low in updates.items():
-            layer = self._linears.get(module)
-            if layer is None:
-                raise ServiceError(f"the base model has no plain linear layer '{module}'", where=str(where), mend=mend)
-            if (low.a.shape[1], low.b.shape[0]) != (layer.in_features, layer.out_features):
-                raise ServiceError(
-                    f"the update of '{module}' maps {low.a.shape[1]} to {low.b.shape[0]} values, "
-                    f"the layer {layer.in_features} to {layer.out_features}",
-                    where=str(where),
-                    mend=mend,
-                )
+        check_updates(updates, self._linears, where)
         return {module: place(low, self.dtype, self.device) for module, low in updates.items()}
 
     def logits(self, ids: Sequence[int], positions: Sequence[int], plan: Plan, wanted: Sequence[int]) -> torch.Tensor:
@@ -178,19 +170,6 @@ class Decoder:
         taken = cache.take(PROBE)
         assert taken is not None
         return taken.lane
-
-
-def _load(base: BaseModel, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
-        )
-    except (OSError, ValueError) as error:
-        raise ServiceError(
-            f"base model '{base.reference}' cannot be loaded for generation: {error}",
-            where=str(base.path),
-            mend="Use a decoder, in a folder written by transformers' save_pretrained.",
-        ) from error
 
 
 def _context(config: Any, base: BaseModel) -> int:

@@ -16,8 +16,10 @@ from bento.conversation import (
     prepare_conversation,
     with_system,
 )
+from bento.generation.interface import Adapter
 from bento.generation.manifest import GenerationManifest
 from bento.preparation import prepare
+from ft_resources.base_models import BaseModel
 from ft_resources.errors import DataError, RequestError, ServiceError
 
 
@@ -83,6 +85,26 @@ class Prompts:
             chat_template=self._template.chat_template or ALPACA_TEMPLATE,
         )
         return self.tokens(rendered, special=False)
+
+
+class Prompting:
+    """What every engine of `interface.TextGenerator` does before it computes: from what is asked to token ids."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.base = base
+        self._prompts = Prompts(base.path)
+
+    def prompt(self, messages: Sequence[Message], adapter: Adapter | None) -> list[int]:
+        """See `interface.TextGenerator`."""
+        return self._prompts.conversation(messages, adapter.manifest if adapter else None)
+
+    def prompt_extraction(self, document: str, adapter: Adapter) -> list[int]:
+        """See `interface.TextGenerator`."""
+        return self._prompts.extraction(document, adapter.manifest)
+
+    def tokens(self, text: str) -> list[int]:
+        """See `interface.TextGenerator`."""
+        return self._prompts.tokens(text)
 
 
 def _invalid(error: DataError) -> RequestError:

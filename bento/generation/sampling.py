@@ -48,8 +48,8 @@ def choose(
 def _sample(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """Inverse transform sampling: the first token at which the summed probabilities pass the draw."""
     device = logits.device
-    temperature = torch.tensor([choice.temperature for choice in choices], device=device)
-    draw = torch.tensor([choice.draw for choice in choices], device=device)
+    temperature = torch.tensor([choice.temperature for choice in choices], dtype=torch.float32, device=device)
+    draw = torch.tensor([choice.draw for choice in choices], dtype=torch.float32, device=device)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     probabilities = torch.softmax(scaled, -1)
     tokens = torch.empty(len(choices), dtype=torch.long, device=device)

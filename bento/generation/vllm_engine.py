@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bento.adapter_files import read_low_rank
-from bento.conversation import Message
+from bento.adapter_files import check_base, read_low_rank
 from bento.generation.grammar import written_schema
 from bento.generation.interface import Completion, OnText, Sampling
 from bento.generation.limits import check
 from bento.generation.manifest import GenerationManifest, read_generation_manifest
-from bento.generation.prompts import Prompts
+from bento.generation.prompts import Prompting
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import RequestError, ServiceError
 
@@ -54,13 +53,7 @@ def hand_over(digest: str, folder: Path, base: BaseModel, number: int) -> Handed
         ServiceError: It is damaged, belongs to another base model, or vLLM cannot serve it exactly.
     """
     manifest, updates = read_generation_manifest(folder), read_low_rank(folder)
-    if manifest.base.digest != base.digest:
-        raise ServiceError(
-            f"the adapter was trained on another base model ({manifest.base.model}, {manifest.base.digest[:12]}) "
-            f"than the one in memory ({base.digest[:12]})",
-            where=str(folder),
-            mend="Serve it with the base model it was trained on.",
-        )
+    check_base(manifest.base, base, folder)
     rank = max(len(low.a) for low in updates.values())
     if rank > HIGHEST_RANK:
         raise ServiceError(
@@ -83,7 +76,7 @@ class VllmGeneration:
         self.future.cancel()  # cancels the coroutine, upon which vLLM aborts the request
 
 
-class VllmGenerator:
+class VllmGenerator(Prompting):
     """See `interface.TextGenerator`, and `engine.Generator` for the arguments. `threads` means nothing here.
 
     Raises:
@@ -100,8 +93,7 @@ class VllmGenerator:
         most_waiting: int = 256,
     ) -> None:
         vllm = _vllm(device)
-        self.base = base
-        self._prompts = Prompts(base.path)
+        super().__init__(base)
         self._adapters: dict[str, HandedOver] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -135,18 +127,6 @@ class VllmGenerator:
         if adapter is None:
             raise ServiceError(f"adapter {digest[:12]} is not loaded", mend="Load it first.")
         return adapter
-
-    def prompt(self, messages: Sequence[Message], adapter: HandedOver | None) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.conversation(messages, adapter.manifest if adapter else None)
-
-    def prompt_extraction(self, document: str, adapter: HandedOver) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.extraction(document, adapter.manifest)
-
-    def tokens(self, text: str) -> list[int]:
-        """See `interface.TextGenerator`."""
-        return self._prompts.tokens(text)
 
     def prompt_embedding(self, text: str, adapter: HandedOver | None) -> list[int]:
         """Raises:

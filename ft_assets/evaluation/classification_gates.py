@@ -3,10 +3,19 @@
 import math
 from collections.abc import Callable
 
-from ft_assets.evaluation.decision import ROUNDING, GateResult, shown, thresholds_met, within
+from ft_assets.evaluation.decision import (
+    ROUNDING,
+    GateResult,
+    SliceLoss,
+    no_loss_beyond_chance,
+    not_inferior,
+    shown,
+    thresholds_met,
+    within,
+)
 from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.report import EvalReport, Paired, Slice
-from ft_assets.evaluation.statistics import holm, mcnemar_exact, paired_difference_interval, rows_for_margin
+from ft_assets.evaluation.statistics import mcnemar_exact, paired_difference_interval, rows_for_margin
 
 
 def meets_thresholds(report: EvalReport, policy: GatePolicy) -> GateResult:
@@ -40,39 +49,16 @@ def no_slice_regression(report: EvalReport, policy: GatePolicy) -> GateResult:
         return GateResult(passed=True, reason=reason, evidence={"judged_slices": 0.0})
     judged = [each for each in report.slices if each.rows >= policy.slice_min_rows]
     evidence: dict[str, float | str] = {"judged_slices": float(len(judged)), "slice_margin": policy.slice_margin}
-    uncounted = [_title(each) for each in judged if each.only_candidate_right is None]
+    uncounted = [each.title for each in judged if each.only_candidate_right is None]
     if uncounted or not report.slices:
         what = f"not for {', '.join(uncounted)}" if uncounted else "for no slice"
         reason = f"Candidate and champion were to be compared slice by slice, but the counts are there {what}."
         return GateResult(passed=False, reason=reason, evidence=evidence)
-    adjusted = holm({_title(each): mcnemar_exact(*_discordant(each), one_sided=True) for each in judged})
-
-    def p_of(each: Slice) -> float:
-        return adjusted[_title(each)]
-
-    worst = max(judged, key=_drop, default=None)
-    if worst is not None:
-        evidence |= {"worst_slice": _title(worst), "worst_drop": _drop(worst), "worst_p": p_of(worst)}
-    alpha = 1 - policy.confidence
-    regressed = [
-        each for each in judged if _drop(each) > policy.slice_margin + ROUNDING and p_of(each) <= alpha + ROUNDING
+    losses = [
+        SliceLoss(each.title, each.rows, _drop(each), mcnemar_exact(*_discordant(each), one_sided=True))
+        for each in judged
     ]
-    if regressed:
-        parts = [
-            f"{_title(each)} loses {100 * _drop(each):.1f} points on {each.rows} rows (p = {p_of(each):.2g})"
-            for each in sorted(regressed, key=_drop, reverse=True)
-        ]
-        return GateResult(passed=False, reason=f"Worse than the champion where {'; '.join(parts)}.", evidence=evidence)
-    if worst is None:
-        reason = f"No slice has the {policy.slice_min_rows} rows it takes to be judged."
-    elif _drop(worst) <= 0:
-        reason = f"None of {len(judged)} slices loses accuracy against the champion."
-    else:
-        reason = (
-            f"None of {len(judged)} slices loses more than {100 * policy.slice_margin:g} points beyond chance; the "
-            f"largest loss is {100 * _drop(worst):.1f} points where {_title(worst)} (p = {p_of(worst):.2g})."
-        )
-    return GateResult(passed=True, reason=reason, evidence=evidence)
+    return no_loss_beyond_chance(losses, policy, "accuracy")
 
 
 def calibrated(report: EvalReport, policy: GatePolicy) -> GateResult:
@@ -147,30 +133,19 @@ GATES: dict[str, Callable[[EvalReport, GatePolicy], GateResult]] = {
 
 
 def _non_inferior(pair: Paired | None, margin: float, confidence: float, where: str) -> GateResult:
-    evidence: dict[str, float | str] = {"rows": 0.0, "margin": margin, "confidence": confidence}
     if pair is None or pair.rows == 0:
+        evidence: dict[str, float | str] = {"rows": 0.0, "margin": margin, "confidence": confidence}
         reason = f"Candidate and champion share no {where}, so nothing shows that the candidate is not worse."
         return GateResult(passed=False, reason=reason, evidence=evidence)
     gain = paired_difference_interval(
         pair.rows, pair.only_candidate_right, pair.only_champion_right, confidence, one_sided=True
     )
-    evidence |= {
-        "rows": float(pair.rows),
+    counts = {
         "only_candidate_right": float(pair.only_candidate_right),
         "only_champion_right": float(pair.only_champion_right),
-        "gain": gain.value,
-        "lower_bound": gain.low,
     }
-    passed = gain.low > -margin
-    reason = (
-        f"Accuracy against the champion {100 * gain.value:+.1f} points on {pair.rows} {where}, at {confidence:.0%} "
-        f"confidence {'no' if passed else 'possibly'} worse than {100 * gain.low:+.1f}, "
-        f"{'within' if passed else 'beyond'} the margin of {100 * margin:g}"
-    )
     needed = rows_for_margin(margin, confidence)
-    if not passed and pair.rows < needed:
-        reason += f" (showing this margin takes at least {needed} rows)"
-    return GateResult(passed=passed, reason=f"{reason}.", evidence=evidence)
+    return not_inferior("Accuracy", "the champion", gain, pair.rows, where, margin, needed, counts)
 
 
 def _unmeasured(report: EvalReport, model: str) -> list[str]:
@@ -184,10 +159,6 @@ def _unmeasured(report: EvalReport, model: str) -> list[str]:
             if each is None or any(map(math.isnan, (each.precision, each.recall, each.f1))):
                 bad.append(f"figures of {label}")
     return bad
-
-
-def _title(each: Slice) -> str:
-    return f"{each.name} = {each.value}"
 
 
 def _discordant(each: Slice) -> tuple[int, int]:

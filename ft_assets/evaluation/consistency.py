@@ -96,14 +96,14 @@ def _slices(report: EvalReport) -> Iterator[str]:
     seen = set()
     for each in report.slices:
         if (each.name, each.value) in seen:
-            yield f"the slice {each.name} = {each.value} is listed twice"
+            yield f"the slice {each.title} is listed twice"
         seen.add((each.name, each.value))
         rows[each.name] += each.rows
         right[each.name] += each.candidate_right
         if not _slice_fits(each) or each.rows > report.rows:
-            yield f"the counts of the slice {each.name} = {each.value} contradict each other"
+            yield f"the counts of the slice {each.title} contradict each other"
         if report.champion is None and each.champion_right is not None:
-            yield f"the slice {each.name} = {each.value} counts a champion, but none is named"
+            yield f"the slice {each.title} counts a champion, but none is named"
     hits = sum(report.confusion[at][at] for at in range(len(report.labels))) if _square(report) else report.rows
     for name, counted in rows.items():
         if counted > report.rows or right[name] > hits:

@@ -1,9 +1,13 @@
 """A verdict on a candidate: what each gate says, and what follows from all of them."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pydantic
 
+from ft_assets.evaluation.policy import GatePolicy
+from ft_assets.evaluation.statistics import Interval, holm
 from ft_resources.errors import EvaluationError
 
 ROUNDING = 1e-12
@@ -111,6 +115,80 @@ def thresholds_met(
         missed.append(f"{', '.join(unmeasured)} were not measured in full")
     listed = "; ".join(missed or met) or "No threshold is set"
     return GateResult(passed=not missed, reason=f"{listed} ({rows} rows).", evidence=evidence)
+
+
+def not_inferior(
+    figure: str,
+    other: str,
+    gain: Interval,
+    rows: int,
+    where: str,
+    margin: float,
+    needed: int,
+    counts: Mapping[str, float],
+) -> GateResult:
+    """The lower bound of a gain lies above minus the margin.
+
+    Args:
+        gain: Of the candidate over `other`, with its one-sided bound, in points of `figure` / 100.
+        needed: Rows on which two models that are alike could be shown to differ by less than the margin.
+        counts: Further evidence.
+    """
+    evidence: dict[str, float | str] = {
+        "rows": float(rows),
+        "margin": margin,
+        "confidence": gain.confidence,
+        **counts,
+        "gain": gain.value,
+        "lower_bound": gain.low,
+    }
+    passed = gain.low > -margin
+    reason = (
+        f"{figure} against {other} {100 * gain.value:+.1f} points on {rows} {where}, at {gain.confidence:.0%} "
+        f"confidence {'no' if passed else 'possibly'} worse than {100 * gain.low:+.1f}, "
+        f"{'within' if passed else 'beyond'} the margin of {100 * margin:g}"
+    )
+    if not passed and rows < needed:
+        reason += f" (showing this margin takes at least {needed} rows)"
+    return GateResult(passed=passed, reason=f"{reason}.", evidence=evidence)
+
+
+class SliceLoss(NamedTuple):
+    """What the candidate loses against the champion on a group of rows."""
+
+    title: str
+    rows: int
+    drop: float
+    """In points of the figure / 100; below 0: it wins."""
+    p: float
+    """P-value against "the candidate is not worse", before it is adjusted for the number of slices."""
+
+
+def no_loss_beyond_chance(losses: Sequence[SliceLoss], policy: GatePolicy, figure: str) -> GateResult:
+    """No slice loses more of `figure` than the policy's margin beyond chance (Holm over the slices)."""
+    evidence: dict[str, float | str] = {"judged_slices": float(len(losses)), "slice_margin": policy.slice_margin}
+    if not losses:
+        reason = f"No slice has the {policy.slice_min_rows} rows it takes to be judged."
+        return GateResult(passed=True, reason=reason, evidence=evidence)
+    adjusted = holm({each.title: each.p for each in losses})
+    losses = sorted((each._replace(p=adjusted[each.title]) for each in losses), key=lambda each: -each.drop)
+    worst, alpha = losses[0], 1 - policy.confidence
+    evidence |= {"worst_slice": worst.title, "worst_drop": worst.drop, "worst_p": worst.p}
+    regressed = [each for each in losses if each.drop > policy.slice_margin + ROUNDING and each.p <= alpha + ROUNDING]
+    if regressed:
+        parts = [
+            f"{each.title} loses {100 * each.drop:.1f} points on {each.rows} rows (p = {each.p:.2g})"
+            for each in regressed
+        ]
+        return GateResult(passed=False, reason=f"Worse than the champion where {'; '.join(parts)}.", evidence=evidence)
+    if worst.drop <= 0:
+        reason = f"None of {len(losses)} slices loses {figure} against the champion."
+    else:
+        reason = (
+            f"None of {len(losses)} slices loses more than {100 * policy.slice_margin:g} points beyond chance; the "
+            f"largest loss is {100 * worst.drop:.1f} points where {worst.title} (p = {worst.p:.2g})."
+        )
+    return GateResult(passed=True, reason=reason, evidence=evidence)
 
 
 def shown(value: float, limit: float, least_digits: int = 3) -> str:

@@ -45,12 +45,22 @@ class Paired(Part):
     only_champion_right: int
 
 
-class Slice(Part):
-    """A group of test rows; the champion's counts are None where there is no champion."""
+class RowGroup(Part):
+    """Test rows that have something in common."""
 
     name: str
     value: str
     rows: int
+
+    @property
+    def title(self) -> str:
+        """What they have in common, for people."""
+        return f"{self.name} = {self.value}"
+
+
+class Slice(RowGroup):
+    """A group of test rows; the champion's counts are None where there is no champion."""
+
     candidate_right: int
     champion_right: int | None = None
     only_candidate_right: int | None = None

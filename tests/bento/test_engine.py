@@ -14,6 +14,7 @@ from bento.encoder import Encoder
 from bento.engine import Engine
 from bento.int8 import Int8Weight, int8_gap, quantise
 from ft_resources.errors import ServiceError
+from tests.bento.writers import while_a_model_loads
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -165,6 +166,17 @@ def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
     for digest, folder in folders.items():
         engine.load(digest, folder)
     return engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_answers_do_not_depend_on_the_default_dtype(
+    workshop: Any, precision: str, request: pytest.FixtureRequest
+) -> None:
+    engine = request.getfixturevalue({"fp32": "engine"}.get(precision, precision))
+    for digest in (A, B):
+        with while_a_model_loads():
+            found = probabilities(engine, digest, workshop.texts)
+        np.testing.assert_array_equal(found, probabilities(engine, digest, workshop.texts))
 
 
 @pytest.mark.parametrize("digest", [A, B, C])

@@ -1,6 +1,8 @@
 """A tiny language model with random weights and adapters on it, for tests of everything around generation."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,15 @@ def write_adapter(folder: Path, base: str, *, task: str, seed: int, extraction: 
     }
     (folder / "adapter.json").write_text(json.dumps(manifest))
     return folder
+
+
+@contextmanager
+def while_a_model_loads() -> Iterator[None]:
+    """The default dtype of the process is bfloat16, as it is while transformers builds a model in another thread."""
+    import torch
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)

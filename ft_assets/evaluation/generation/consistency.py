@@ -92,19 +92,18 @@ def _slices(report: GenerationReport) -> Iterator[str]:
     seen = set()
     totals: dict[str, int] = {}
     for each in report.slices:
-        title = f"{each.name} = {each.value}"
         if (each.name, each.value) in seen:
-            yield f"the slice {title} is listed twice"
+            yield f"the slice {each.title} is listed twice"
         seen.add((each.name, each.value))
         totals[each.name] = totals.get(each.name, 0) + (0 if each.name == "field" else each.rows)
         if not 0 < each.rows <= report.rows or not _shares(each.candidate, each.champion or 0.0):
-            yield f"the slice {title} has scores outside 0..1 or more rows than there are"
+            yield f"the slice {each.title} has scores outside 0..1 or more rows than there are"
         if (each.gain is None) != (each.champion is None) or (report.champion is None and each.gain is not None):
-            yield f"the slice {title} and the report do not agree on whether there is a champion"
+            yield f"the slice {each.title} and the report do not agree on whether there is a champion"
         if each.gain is not None and each.champion is not None:
-            yield from _gain(f"gain of the slice {title}", each.gain, each.rows)
+            yield from _gain(f"gain of the slice {each.title}", each.gain, each.rows)
             if each.gain.rows != each.rows or abs(each.candidate - each.champion - each.gain.mean) > CLOSE:
-                yield f"the slice {title} has another gain than its scores"
+                yield f"the slice {each.title} has another gain than its scores"
     for name, rows in totals.items():
         if rows > report.rows:
             yield f"the slices by {name} count more than all rows"

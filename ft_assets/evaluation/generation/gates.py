@@ -3,12 +3,20 @@
 import math
 from collections.abc import Callable
 
-from ft_assets.evaluation.decision import ROUNDING, GateResult, not_applicable, shown, thresholds_met
+from ft_assets.evaluation.decision import (
+    ROUNDING,
+    GateResult,
+    SliceLoss,
+    no_loss_beyond_chance,
+    not_applicable,
+    not_inferior,
+    shown,
+    thresholds_met,
+)
 from ft_assets.evaluation.generation.metrics import METRICS
 from ft_assets.evaluation.generation.paired import Gain, gain_interval, p_worse, rows_for_margin
-from ft_assets.evaluation.generation.report import GenerationReport, ScoreSlice
+from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.policy import GatePolicy
-from ft_assets.evaluation.statistics import holm
 
 
 def meets_thresholds(report: GenerationReport, policy: GatePolicy) -> GateResult:
@@ -58,36 +66,8 @@ def no_slice_regression(report: GenerationReport, policy: GatePolicy) -> GateRes
         return GateResult(passed=False, reason=reason, evidence=evidence)
     if any(math.isnan(gain.mean + gain.mean_square) for _, gain in judged):
         return GateResult(passed=False, reason="A slice was not measured in full.", evidence=evidence)
-    if not judged:
-        reason = f"No slice has the {policy.slice_min_rows} rows it takes to be judged."
-        return GateResult(passed=True, reason=reason, evidence=evidence)
-    adjusted = holm({_title(each): p_worse(gain) for each, gain in judged})
-    alpha = 1 - policy.confidence
-    regressed = sorted(
-        (
-            (each, gain)
-            for each, gain in judged
-            if -gain.mean > policy.slice_margin + ROUNDING and adjusted[_title(each)] <= alpha + ROUNDING
-        ),
-        key=lambda one: one[1].mean,
-    )
-    worst, lost = min(judged, key=lambda one: one[1].mean)
-    p_of_worst = adjusted[_title(worst)]
-    evidence |= {"worst_slice": _title(worst), "worst_drop": -lost.mean, "worst_p": p_of_worst}
-    if regressed:
-        parts = [
-            f"{_title(each)} loses {-100 * gain.mean:.1f} points on {each.rows} rows (p = {adjusted[_title(each)]:.2g})"
-            for each, gain in regressed
-        ]
-        return GateResult(passed=False, reason=f"Worse than the champion where {'; '.join(parts)}.", evidence=evidence)
-    if lost.mean >= 0:
-        reason = f"None of {len(judged)} slices loses {report.score} against the champion."
-    else:
-        reason = (
-            f"None of {len(judged)} slices loses more than {100 * policy.slice_margin:g} points beyond chance; the "
-            f"largest loss is {-100 * lost.mean:.1f} points where {_title(worst)} (p = {p_of_worst:.2g})."
-        )
-    return GateResult(passed=True, reason=reason, evidence=evidence)
+    losses = [SliceLoss(each.title, each.rows, -gain.mean, p_worse(gain)) for each, gain in judged]
+    return no_loss_beyond_chance(losses, policy, report.score)
 
 
 def calibrated(report: GenerationReport, policy: GatePolicy) -> GateResult:
@@ -207,22 +187,13 @@ def _general(report: GenerationReport, limit: float) -> GateResult:
 def _non_inferior(
     report: GenerationReport, gain: Gain | None, margin: float, confidence: float, where: str, other: str
 ) -> GateResult:
-    evidence: dict[str, float | str] = {"rows": 0.0, "margin": margin, "confidence": confidence}
     if gain is None or gain.rows == 0 or math.isnan(gain.mean + gain.mean_square):
+        evidence: dict[str, float | str] = {"rows": 0.0, "margin": margin, "confidence": confidence}
         reason = f"Candidate and {other} share no measured {where}, so nothing shows that the candidate is not worse."
         return GateResult(passed=False, reason=reason, evidence=evidence)
     bound = gain_interval(gain, confidence, one_sided=True)
-    evidence |= {"rows": float(gain.rows), "gain": bound.value, "lower_bound": bound.low}
-    passed = bound.low > -margin
-    reason = (
-        f"{report.score} against {other} {100 * bound.value:+.1f} points on {gain.rows} {where}, at {confidence:.0%} "
-        f"confidence {'no' if passed else 'possibly'} worse than {100 * bound.low:+.1f}, "
-        f"{'within' if passed else 'beyond'} the margin of {100 * margin:g}"
-    )
     needed = rows_for_margin(margin, confidence)
-    if not passed and gain.rows < needed:
-        reason += f" (showing this margin takes at least {needed} rows)"
-    return GateResult(passed=passed, reason=f"{reason}.", evidence=evidence)
+    return not_inferior(report.score, other, bound, gain.rows, where, margin, needed, {})
 
 
 def _unmeasured(report: GenerationReport, model: str) -> list[str]:
@@ -234,7 +205,3 @@ def _unmeasured(report: GenerationReport, model: str) -> list[str]:
         for name in wanted
         if name not in figures or any(map(math.isnan, (figures[name].value, figures[name].low, figures[name].high)))
     ]
-
-
-def _title(each: ScoreSlice) -> str:
-    return f"{each.name} = {each.value}"

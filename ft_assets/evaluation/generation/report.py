@@ -10,7 +10,7 @@ from bento.conversation import Field, Fields
 from ft_assets.evaluation.generation.fields import Extracted, compare
 from ft_assets.evaluation.generation.metrics import SCORE, Kind, figures, row_counts
 from ft_assets.evaluation.generation.paired import Gain, gain_of
-from ft_assets.evaluation.report import Part
+from ft_assets.evaluation.report import Part, RowGroup
 from ft_assets.evaluation.slices import slice_masks
 from ft_assets.evaluation.statistics import Interval
 from ft_resources.errors import EvaluationError
@@ -19,12 +19,9 @@ MODELS = ("candidate", "champion", "base")
 COLUMNS = ("row_id", "text", "label", "event_time", "origin")
 
 
-class ScoreSlice(Part):
+class ScoreSlice(RowGroup):
     """A group of test rows with mean scores; `gain` is the candidate's over the champion, None without one."""
 
-    name: str
-    value: str
-    rows: int
     candidate: float
     champion: float | None = None
     gain: Gain | None = None

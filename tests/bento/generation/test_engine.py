@@ -17,6 +17,7 @@ from bento.generation.interface import Completion, Sampling, TextGenerator
 from bento.generation.scheduling import Request
 from ft_resources.errors import RequestError, ServiceError
 from tests.bento.generation.conftest import LORA, Tiny, write
+from tests.bento.writers import while_a_model_loads
 
 NAMES = (None, *LORA)
 TEXT = "A house in the old town of Lund, 80 square metres, is for sale. " * 20
@@ -82,6 +83,23 @@ def test_greedy_answers_are_those_of_peft_alone_and_mixed(kind: str, make_tiny: 
         assert together.finish_reason == ("stop" if wanted[-1] == 0 else "length")
         assert together.mean_logprob == pytest.approx(alone.mean_logprob, abs=1e-4)
     engine.close()
+
+
+def test_answers_do_not_depend_on_the_default_dtype(generator: Generator) -> None:
+    asked = [
+        (prompt(generator, 30, seed), adapter(generator, name), Sampling(12, temperature, top_p, seed=seed))
+        for seed, (name, temperature, top_p) in enumerate(
+            [(None, 0.0, 1.0), ("odd", 0.0, 1.0), ("everything", 1.0, 0.8)]
+        )
+    ]
+
+    def answers() -> list[Completion]:
+        return [answered(request) for request in [generator.submit(*one) for one in asked]]
+
+    with while_a_model_loads():
+        found, embedded = answers(), generator.embed(*asked[1][:2])
+    assert found == answers()
+    np.testing.assert_array_equal(embedded, generator.embed(*asked[1][:2]))
 
 
 def test_answers_stay_the_same_while_others_join_and_leave(generator: Generator) -> None:
