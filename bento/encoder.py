@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from bento.bf16 import Bf16Weight
 from bento.devices import DTYPES, Precision, fast_matmul, keep_memory, native_bf16
+from bento.int8 import Int8Weight
 from bento.loading import load_network
-from bento.multi_lora import MultiLora, Segments, Update, wrap_linears
-from bento.packing import PACKED, laid_out, layout
+from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
+from bento.packing import PACKED, Layout, laid_out, layout
 from ft_resources.base_models import BaseModel
 
 EXACT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -46,11 +48,16 @@ class Encoder:
         counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
         self._first_place = int(embeddings.padding_idx) + 1 if counts_on else 0
         self.packed = False
+        self.families = families_of(self.layers, self._probe)
+        """Linear layers that read the same input."""
         self.packed = device.type == "cpu" and self._packs()
         if precision == "int8":
             for layer in self.layers.values():
-                layer.to_int8()
+                layer.take(Int8Weight)
             self._attention = self.update_dtype
+        elif precision == "bf16" and device.type == "cpu" and native_bf16(device):
+            for layer in self.layers.values():
+                layer.take(Bf16Weight)
 
     @property
     def hidden(self) -> int:
@@ -97,7 +104,8 @@ class Encoder:
         texts = torch.arange(len(lengths), device=self.device)
         if self.packed:
             total = torch.zeros(len(lengths), states.shape[-1], dtype=torch.float32, device=self.device)
-            total.index_add_(0, texts.repeat_interleave(lengths), states.float())
+            owners = texts.repeat_interleave(lengths)
+            total.index_add_(0, owners, states[: len(owners)].float())
         else:
             padded = states.float().view(len(lengths), -1, states.shape[-1])
             there = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
@@ -111,19 +119,21 @@ class Encoder:
         for length in lengths:
             ends.append(ends[-1] + length)
         if self.packed:
-            self._segments.set(ends[-1], [(ends[start], ends[stop], update) for start, stop, update in segments])
+            how = layout(lengths, self._attention, self.device)
+            self._segments.set(how.tokens, [(ends[start], ends[stop], update) for start, stop, update in segments])
         else:
             self._segments.set(len(texts), segments)
         try:
-            output = self._pack(texts, lengths) if self.packed else self._padded(texts, lengths)
+            output = self._pack(texts, lengths, how) if self.packed else self._padded(texts, lengths)
         finally:
             self._segments.clear()
         return output.view(-1, output.shape[-1])
 
-    def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor([[token for text in texts for token in text]])
-        places = torch.tensor([[place for length in lengths for place in range(length)]]) + self._first_place
-        with laid_out(layout(lengths, self._attention, self.device)):
+    def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], how: Layout) -> torch.Tensor:
+        spare = [0] * (how.tokens - sum(lengths))
+        ids = torch.tensor([[token for text in texts for token in text] + spare])
+        places = torch.tensor([[place for length in lengths for place in range(length)] + spare]) + self._first_place
+        with laid_out(how):
             output = self._model(input_ids=ids.to(self.device), position_ids=places.to(self.device))
         return output.last_hidden_state
 
@@ -137,19 +147,22 @@ class Encoder:
             mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(self.device)
         return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
 
+    def _probe(self) -> torch.Tensor:
+        """Means of two short texts of any tokens."""
+        vocabulary = int(self.config.vocab_size)
+        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
+        return self.pooled(texts, (), ("mean", "mean"))
+
     def _packs(self) -> bool:
         """Whether two texts in a pack get the states they get in a padded batch; leaves the attention that fits."""
         standard = self.config._attn_implementation
         if any(isinstance(getattr(self.config, name, None), int | float) for name in WINDOWS):
             return False
-        vocabulary = int(self.config.vocab_size)
-        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
-        poolings = ("mean", "mean")
-        padded = self.pooled(texts, (), poolings)
+        padded = self._probe()
         try:
             self._model.set_attn_implementation(PACKED)
             self.packed = True
-            packed = self.pooled(texts, (), poolings)
+            packed = self._probe()
             if bool((packed - padded).norm() <= EXACT[self.dtype] * padded.norm()):
                 return True
         except (TypeError, ValueError, RuntimeError, IndexError, LookupError):

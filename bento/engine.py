@@ -101,6 +101,7 @@ class Engine:
             manifest=files.manifest,
             update=Update(
                 {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()},
+                self._encoder.families,
                 self._encoder.update_dtype,
                 self.device,
             ),

@@ -5,43 +5,65 @@ rows of one adapter stand together, and segments of like length whose adapters h
 padded to the longest of them.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from bento.bf16 import Bf16Weight
 from bento.int8 import Int8Values, Int8Weight, quantise
+from bento.shapes import rounded
 from ft_resources.errors import ServiceError
 
 LIKE = 0.7
 """Segments are padded to the longest of their group while they are longer than this share of it."""
+LONG = 160
+"""Rows from which on a segment is a product of its own."""
 EQUAL = 4
 """As many segments of one length stay by themselves: they need no padding, so that their rows are not moved."""
 
 
 class Update:
-    """The low-rank matrices of one adapter. Those of one module lie together, so that they are stacked in one copy.
+    """The low-rank matrices of one adapter.
 
     Args:
         pairs: Module name -> (A transposed [in, rank], B transposed and scaled [rank, out]).
+        families: Modules that read the same input, see `families_of`; the A of each family are one matrix.
     """
 
     def __init__(
-        self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, device: torch.device
+        self,
+        pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        families: Iterable[Sequence[str]],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.form = tuple((module, a.shape[1]) for module, (a, _) in sorted(pairs.items()))
         """Modules and ranks; adapters where it is equal can be stacked."""
-        self.matrices: Mapping[str, torch.Tensor] = {
-            module: torch.cat([a.flatten(), b.flatten()]).to(device=device, dtype=dtype)
-            for module, (a, b) in pairs.items()
+        self.a: dict[str, torch.Tensor] = {}
+        """By the first module of a family: [in, sum of ranks]."""
+        self.columns: dict[str, slice] = {}
+        """By module: its part of that."""
+        self.b: dict[str, torch.Tensor] = {
+            module: b.to(device=device, dtype=dtype).contiguous() for module, (_, b) in pairs.items()
         }
-        """By module: A row after row, then B, see `_split`."""
+        """By module: [rank, out]."""
+        for family in families:
+            parts = [(module, pairs[module][0]) for module in family if module in pairs]
+            if not parts:
+                continue
+            self.a[family[0]] = torch.cat([a for _, a in parts], 1).to(device=device, dtype=dtype)
+            at = 0
+            for module, a in parts:
+                self.columns[module] = slice(at, at + a.shape[1])
+                at += a.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Memory of its weights."""
-        return sum(each.nbytes for each in self.matrices.values())
+        return sum(each.nbytes for each in (*self.a.values(), *self.b.values()))
 
 
 @dataclass(frozen=True)
@@ -52,9 +74,9 @@ class Group:
     """First of its rows, of all tokens one after the other."""
     stop: int
     width: int
-    """Rows of the longest segment."""
+    """Rows of each segment; of a single one, some that follow it may be among them."""
     source: torch.Tensor | None
-    """long [segments x width]: the row of each place; None: segments are equally long."""
+    """long [segments x width]: the row of each place; None: they follow each other."""
     real: torch.Tensor | None
     """long [stop - start]: the place of each row."""
     updates: Sequence[Update]
@@ -69,6 +91,8 @@ class Reading:
     quantised: Int8Values | None = None
     gathered: dict[int, torch.Tensor] = field(default_factory=dict)
     """By first row of a group: [segments, width, in] in the dtype of the updates."""
+    low: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    """By that and the first module of a family: the product with A, [segments, width, sum of ranks]."""
 
 
 class Segments:
@@ -108,21 +132,47 @@ class Segments:
     def groups(self, per_row: int) -> Sequence[Group]:
         """The groups of a layer that gets `per_row` tokens in each row."""
         if per_row not in self._groups:
-            self._groups[per_row] = [_group(alike, per_row, self.device) for alike in self._alike]
+            rows = self.rows * per_row
+            self._groups[per_row] = [_group(alike, per_row, rows, self.device) for alike in self._alike]
         return self._groups[per_row]
 
     def stacked(self, matrices: list[torch.Tensor]) -> torch.Tensor:
-        """[matrices, elements]; valid until the next call.
+        """[matrices, ...]; valid until the next call.
 
         They are stacked when a layer needs them, so that they are still in the cache when they are multiplied, and
         always in the same memory: new memory would cost more than the copy, because the kernel clears it first.
         """
         if len(matrices) == 1:
             return matrices[0][None]
-        size = len(matrices) * len(matrices[0])
+        shape = (len(matrices), *matrices[0].shape)
+        size = math.prod(shape)
         if self._room.numel() < size:
             self._room = self._room.new_empty(size)
-        return torch.cat(matrices, out=self._room[:size]).view(len(matrices), -1)
+        return torch.stack(matrices, out=self._room[:size].view(shape))
+
+    def low(self, input: torch.Tensor, group: Group, family: str) -> torch.Tensor:
+        """The product of the rows of `group` with the A of the layers that read `input`."""
+        reading = self.reading(input)
+        key = (group.start, family)
+        if key not in reading.low:
+            inputs = self._gathered(reading, group)
+            if len(group.updates) > 1:
+                reading.low[key] = torch.bmm(inputs, self.stacked([update.a[family] for update in group.updates]))
+            else:  # plain products are faster than a batch of one
+                reading.low[key] = (inputs[0] @ group.updates[0].a[family])[None]
+                reading.low[key][0, group.stop - group.start :] = 0  # rows of others: they get nothing added
+        return reading.low[key]
+
+    def _gathered(self, reading: Reading, group: Group) -> torch.Tensor:
+        """[segments, width, in]"""
+        if group.start not in reading.gathered:
+            flat = reading.input.reshape(-1, reading.input.shape[-1])
+            if group.source is None:
+                flat = flat[group.start : group.start + len(group.updates) * group.width]
+            else:
+                flat = flat.index_select(0, group.source)
+            reading.gathered[group.start] = flat.to(self.dtype).view(len(group.updates), group.width, -1)
+        return reading.gathered[group.start]
 
     @property
     def empty(self) -> bool:
@@ -141,11 +191,13 @@ class MultiLora(nn.Linear):
         self.name, self.segments = name, segments
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.int8: Int8Weight | None = None
+        self.family = name
+        """First of the layers that read the same input."""
+        self.kernel: Int8Weight | Bf16Weight | None = None
 
-    def to_int8(self) -> None:
-        """From now on multiply with the weight in int8, which takes the place of the float32 one."""
-        self.int8 = Int8Weight(self.weight.detach(), self.bias)
+    def take(self, kernel: type[Int8Weight] | type[Bf16Weight]) -> None:
+        """From now on multiply with the weight as `kernel` keeps it, which takes the place of the present one."""
+        self.kernel = kernel(self.weight.detach(), self.bias)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -158,49 +210,35 @@ class MultiLora(nn.Linear):
         return output
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
-        if self.int8 is not None:
+        if isinstance(self.kernel, Bf16Weight):
+            return self.kernel.product(input)
+        if self.kernel is not None:
             reading = self.segments.reading(input)
             if reading.quantised is None:
                 reading.quantised = quantise(input.reshape(-1, self.in_features))
-            return self.int8.product(reading.quantised).view(*input.shape[:-1], self.out_features)
-        if self.bias is not None and input.dtype == torch.bfloat16 and input.device.type == "cpu":
-            return nn.functional.linear(input, self.weight).add_(self.bias)  # faster than a bias in the product
+            return self.kernel.product(reading.quantised).view(*input.shape[:-1], self.out_features)
         return super().forward(input)
 
     def _update(self, input: torch.Tensor, output: torch.Tensor) -> None:
         for group in self.segments.groups(self._per_row(input)):
-            if self.name not in group.updates[0].matrices:
+            update = group.updates[0]
+            if self.name not in update.b:
                 continue
-            a, b = self._split(self.segments.stacked([update.matrices[self.name] for update in group.updates]))
-            rows, inputs = output[group.start : group.stop], self._gathered(input, group)
-            if len(group.updates) == 1:  # plain products are faster than a batch of one
-                low = inputs[0] @ a[0]
+            low = self.segments.low(input, group, self.family)[..., update.columns[self.name]]
+            if len(group.updates) == 1:
+                rows = output[group.start : group.start + group.width]
                 if low.dtype == output.dtype:
-                    rows.addmm_(low, b[0])
+                    rows.addmm_(low[0], update.b[self.name])
                 else:
-                    rows.add_(low @ b[0])
+                    rows.add_(low[0] @ update.b[self.name])
                 continue
-            low = torch.bmm(inputs, a)
+            rows = output[group.start : group.stop]
+            b = self.segments.stacked([update.b[self.name] for update in group.updates])
             if group.real is None and low.dtype == output.dtype:
                 rows.view(-1, group.width, self.out_features).baddbmm_(low, b)
                 continue
             added = torch.bmm(low, b).view(-1, self.out_features)
             rows.add_(added if group.real is None else added.index_select(0, group.real))
-
-    def _split(self, stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [adapters, in, rank] and B [adapters, rank, out] of what `Update` holds for this layer."""
-        rank = stack.shape[1] // (self.in_features + self.out_features)
-        a, b = stack.tensor_split([self.in_features * rank], 1)
-        return a.unflatten(1, (self.in_features, rank)), b.unflatten(1, (rank, self.out_features))
-
-    def _gathered(self, input: torch.Tensor, group: Group) -> torch.Tensor:
-        """[segments, width, in]"""
-        known = self.segments.reading(input).gathered
-        if group.start not in known:
-            flat = input.reshape(-1, self.in_features)
-            flat = flat[group.start : group.stop] if group.source is None else flat.index_select(0, group.source)
-            known[group.start] = flat.to(self.segments.dtype).view(len(group.updates), group.width, self.in_features)
-        return known[group.start]
 
     def _per_row(self, input: torch.Tensor) -> int:
         """Tokens in a row."""
@@ -227,13 +265,44 @@ def wrap_linears(model: nn.Module, segments: Segments) -> dict[str, MultiLora]:
     return wrapped
 
 
+def families_of(layers: Mapping[str, MultiLora], run: Callable[[], object]) -> list[tuple[str, ...]]:
+    """Layers that read the same input one after the other, as they did while `run` used each; the layers know it."""
+    read: list[tuple[str, torch.Tensor]] = []
+
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, MultiLora)
+        read.append((layer.name, inputs[0]))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    families: list[list[str]] = []
+    seen: set[str] = set()
+    last: torch.Tensor | None = None
+    for name, input in [*read, *((name, torch.empty(0)) for name in layers)]:
+        if name in seen:
+            continue  # a model may use its layers again, or not at all
+        if input is not last:
+            families.append([])
+        families[-1].append(name)
+        seen.add(name)
+        last = input
+    for family in families:
+        for name in family:
+            layers[name].family = family[0]
+    return [tuple(family) for family in families]
+
+
 def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int, Update]]]:
     """Neighbours that are one product."""
     groups: list[list[tuple[int, int, Update]]] = []
     longest = shortest = 0
     for start, stop, update in parts:
         length = stop - start
-        joins = bool(groups) and groups[-1][-1][1] == start and groups[-1][-1][2].form == update.form
+        joins = length <= LONG and bool(groups) and groups[-1][-1][1] == start and groups[-1][-1][2].form == update.form
         if joins:
             like = min(shortest, length) > LIKE * max(longest, length)
             joins = like and (length == longest == shortest or longest > shortest or len(groups[-1]) < EQUAL)
@@ -245,14 +314,16 @@ def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int
     return groups
 
 
-def _group(parts: Sequence[tuple[int, int, Update]], per_row: int, device: torch.device) -> Group:
+def _group(parts: Sequence[tuple[int, int, Update]], per_row: int, rows: int, device: torch.device) -> Group:
     first = torch.tensor([start * per_row for start, *_ in parts])[:, None]
     counts = torch.tensor([(stop - start) * per_row for start, stop, _ in parts])[:, None]
-    width = int(counts.max())
-    inside = torch.arange(width)[None]
+    start, stop, width = int(first[0]), int(first[-1] + counts[-1]), rounded(int(counts.max()), 8, 16)
+    updates = [update for *_, update in parts]
+    if len(parts) == 1:
+        return Group(start, stop, min(width, rows - start), None, None, updates)
+    inside = torch.arange(width)
     there = inside < counts
-    source = real = None
-    if not bool(there.all()):
-        source = torch.where(there, first + inside, first).flatten().to(device)
-        real = there.flatten().nonzero().flatten().to(device)
-    return Group(int(first[0]), int(first[-1] + counts[-1]), width, source, real, [update for *_, update in parts])
+    if there.all():
+        return Group(start, stop, width, None, None, updates)
+    source = torch.where(there, first + inside, first).flatten().to(device)
+    return Group(start, stop, width, source, there.flatten().nonzero().flatten().to(device), updates)

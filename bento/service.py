@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # Threads of a matrix product must sleep while they wait: by default they spin, and on a machine with as many busy
 # threads as cores that stretched answers from 0.02 to over 1 second. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN compiles a kernel for each shape, and keeps 1,024 of them by default: 0.4 GB. With a quarter of them long
-# texts, which come in ever new shapes, took 6 % more CPU time.
+# oneDNN compiles a kernel for each shape and keeps 1,024 of them by default: 0.4 GB. A quarter is enough, because
+# sizes are rounded (`bento.shapes`).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 ROOT = Path(__file__).resolve().parent.parent
 share_secret()

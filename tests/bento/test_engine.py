@@ -13,6 +13,7 @@ from bento.devices import pick_device, pick_precision
 from bento.encoder import Encoder
 from bento.engine import Engine
 from bento.int8 import Int8Weight, int8_gap, quantise
+from bento.packing import layout, softmax_product
 from ft_resources.errors import ServiceError
 from tests.bento.writers import while_a_model_loads
 
@@ -218,6 +219,30 @@ def test_a_value_that_is_not_finite_stays_so_in_int8() -> None:
         inputs[0, 3] = bad
         finite = layer.product(quantise(inputs)).isfinite().all(1)
         assert finite.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [1, 40, 400], ids=["as usual", "over the largest power", "under the smallest too"])
+def test_attention_weights_are_a_softmax_at_any_size_of_scores(size: float) -> None:
+    torch.manual_seed(0)
+    query, key, value, found = (torch.randn(6, 24, 32, dtype=torch.bfloat16) for _ in range(4))
+    query *= size / 32**0.5
+    mask = torch.zeros(6, 24).masked_fill_(torch.arange(24) > torch.tensor([[23], [9]] * 3), -torch.inf)[:, None]
+    softmax_product(query, key, value, mask.bfloat16(), found)
+    scores = torch.baddbmm(mask.bfloat16(), query, key.transpose(1, 2))
+    expected = torch.softmax(scores.float(), -1) @ value.float()
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_new_lengths_make_few_new_shapes() -> None:
+    """oneDNN compiles a kernel for each."""
+    random = np.random.default_rng(0)
+    shapes: set[tuple[int, ...]] = set()
+    for _ in range(200):
+        lengths = random.integers(10, 129, 24).tolist()
+        how = layout(lengths, torch.bfloat16, pick_device("cpu"))
+        assert sum(lengths) <= how.tokens <= 1.07 * sum(lengths) + 8
+        shapes |= {(how.tokens,), *((group.texts, group.width) for group in how.groups)}
+    assert len(shapes) < 150
 
 
 def test_texts_are_packed_where_that_gives_what_padding_gives(workshop: Any) -> None:
