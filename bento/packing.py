@@ -1,13 +1,13 @@
 """Texts in one row without padding: every token-wise layer computes real tokens only, attention stays within a text.
 
-Attention brings texts of like length together, so that it pads hardly any.
+Attention brings texts of like length together, so that it pads hardly any. Training packs its rows the same way.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,7 +17,18 @@ from bento.shapes import rounded
 PACKED = "ft_packed"
 """Name of this attention, for `set_attn_implementation`."""
 SUMS = (1e-30, 1e30)
-"""Sums of exponentials between these lost nothing that bfloat16 could tell."""
+"""Sums of exponentials between these lost nothing to the range of the type."""
+
+
+class Rows(NamedTuple):
+    """How tokens by head [tokens x heads] become the texts that are attended to together, and back."""
+
+    source: torch.Tensor
+    """long [places x heads]: for each row of the groups, the row of the tokens."""
+    target: torch.Tensor
+    """long [tokens x heads]: for each row of the tokens, the row of the groups; any for what belongs to no text."""
+    padding: torch.Tensor
+    """long: rows of the groups that are no token of a text."""
 
 
 @dataclass(frozen=True)
@@ -29,40 +40,74 @@ class Group:
     start: int
     """Its first place, of the texts x width of all groups one after the other."""
     mask: torch.Tensor | None
-    """float32 [texts, 1, width]: -inf at padding; None: there is none."""
+    """[texts, 1, width]: -inf at padding, else 0; None: there is none."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the texts of a pack lie."""
+    """Where the texts of a pack lie.
 
+    Query heads that share a key head (grouped-query attention) lie one after the other in each text, so that they are
+    rows of one product: a group is [key heads x texts, shared x width, width of a head].
+    """
+
+    lengths: tuple[int, ...]
+    """Of the texts, which follow each other."""
     tokens: int
     """Of the pack; what follows the last text belongs to nobody."""
     groups: tuple[Group, ...]
     source: torch.Tensor
     """long [places]: the token at each place of the groups."""
-    target: torch.Tensor
-    """long [tokens]: the place of each token."""
+    real: torch.Tensor
+    """bool [places]: whether it is no padding."""
     dtype: torch.dtype
     """What attention computes in."""
-    _rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _rows: dict[tuple[int, int], Rows] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int], torch.Tensor | None] = field(default_factory=dict)
 
-    def rows(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`source` and `target` by head: the rows of [tokens x heads] that make up each group's [heads x texts x
-        width], and the rows of these that make up [tokens x heads]."""
-        if heads not in self._rows:
-            head = torch.arange(heads, device=self.source.device)
-            source, starts, sizes = [], [], []
+    def rows(self, heads: int, shared: int = 1) -> Rows:
+        """How tokens by head become groups.
+
+        Args:
+            shared: Heads that lie one after the other in a text.
+        """
+        if (heads, shared) not in self._rows:
+            device = self.source.device
+            head = torch.arange(heads, device=device).view(-1, 1, shared, 1)
+            sources, reals = [], []
             for group in self.groups:
-                size = group.texts * group.width
-                source.append((self.source[group.start : group.start + size] * heads + head[:, None]).flatten())
-                starts += [group.start] * size
-                sizes += [size] * size
-            start = torch.tensor(starts, device=self.source.device)[self.target, None]
-            places = torch.tensor(sizes, device=self.source.device)[self.target, None]
-            target = start * heads + head * places + (self.target[:, None] - start)
-            self._rows[heads] = torch.cat(source), target.flatten()
-        return self._rows[heads]
+                part = slice(group.start, group.start + group.texts * group.width)
+                grid = (1, group.texts, 1, group.width)
+                sources.append((self.source[part].view(grid) * heads + head).flatten())
+                reals.append(self.real[part].view(grid).expand(len(head), -1, shared, -1).flatten())
+            source, real = torch.cat(sources), torch.cat(reals)
+            target = torch.zeros(self.tokens * heads, dtype=torch.long, device=device)
+            target[source[real]] = real.nonzero().flatten()
+            self._rows[heads, shared] = Rows(source, target, (~real).nonzero().flatten())
+        return self._rows[heads, shared]
+
+    def part(self, flat: torch.Tensor, group: Group, key_heads: int) -> torch.Tensor:
+        """The rows of `group` in a tensor [places x heads, width of a head]."""
+        heads = len(flat) // len(self.source)
+        part = flat[group.start * heads : (group.start + group.texts * group.width) * heads]
+        return part.view(key_heads * group.texts, -1, flat.shape[-1])
+
+    def mask(self, group: Group, key_heads: int, shared: int = 1, *, causal: bool = False) -> torch.Tensor | None:
+        """-inf where nothing is looked at, else 0, for scores [key heads x texts, shared x width, width]."""
+        key = (group.start, key_heads, shared * causal)
+        if key not in self._masks:
+            mask = None if group.mask is None else group.mask.repeat(key_heads, 1, 1)
+            if causal:  # padding follows the text, so that no token of it looks there
+                shape = (group.width, group.width)
+                later = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.source.device).triu_(1)
+                mask = later.repeat(shared, 1)[None]
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def pack_tokens(tokens: int) -> int:
+    """Tokens of the pack that holds `tokens`."""
+    return rounded(tokens, 8, 32)
 
 
 def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Layout:
@@ -73,23 +118,28 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     alike: dict[int, list[int]] = {}
     for text, length in enumerate(lengths):
         alike.setdefault(rounded(length, 8, 16), []).append(text)
-    groups, sources, places = [], [], 0
-    target = torch.zeros(rounded(starts[-1], 8, 32), dtype=torch.long)
+    groups, sources, reals, places = [], [], [], 0
     for width, texts in alike.items():
         first, inside = torch.tensor([starts[text] for text in texts])[:, None], torch.arange(width)
-        there = inside < torch.tensor([lengths[text] for text in texts])[:, None]
-        source = torch.where(there, first + inside, first)
-        target[source[there]] = places + there.flatten().nonzero().flatten()
+        real = inside < torch.tensor([lengths[text] for text in texts])[:, None]
         count = rounded(len(texts), 1, 16)
-        spare = count - len(texts)
+        spare = (0, 0, 0, count - len(texts))
         mask = None
-        if not there.all():
-            mask = torch.zeros(there.shape, dtype=dtype).masked_fill_(~there, -torch.inf)
-            mask = torch.cat([mask, mask[:1].expand(spare, -1)])[:, None].to(device)
+        if not real.all():
+            mask = torch.zeros(real.shape, dtype=dtype).masked_fill_(~real, -torch.inf)
+            mask = torch.nn.functional.pad(mask, spare)[:, None].to(device)
         groups.append(Group(count, width, places, mask))
-        sources.append(torch.cat([source, source[:1].expand(spare, -1)]).flatten())
+        sources.append(torch.nn.functional.pad(torch.where(real, first + inside, first), spare).flatten())
+        reals.append(torch.nn.functional.pad(real, spare).flatten())
         places += count * width
-    return Layout(len(target), tuple(groups), torch.cat(sources).to(device), target.to(device), dtype)
+    return Layout(
+        tuple(lengths),
+        pack_tokens(starts[-1]),
+        tuple(groups),
+        torch.cat(sources).to(device),
+        torch.cat(reals).to(device),
+        dtype,
+    )
 
 
 _layout: ContextVar[Layout] = ContextVar("layout")
@@ -105,6 +155,47 @@ def laid_out(how: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+def present_layout() -> Layout:
+    """That of the pack that is computed now."""
+    return _layout.get()
+
+
+def gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`rows` of [heads, tokens, width] as [tokens x heads, width]."""
+    return tensor.transpose(0, 1).reshape(-1, tensor.shape[-1]).index_select(0, rows)
+
+
+def exponentials(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(q k^T + mask), up to a factor for each row, and the sums of the rows: their quotient is the softmax.
+
+    Without the search for the largest score of a row it takes half the time of a softmax; it is searched for only
+    where the range of the type would be left.
+
+    Args:
+        query: [texts, rows, width of a head], already scaled.
+        key: [texts, width, width of a head].
+        mask: Added to the scores, [texts or 1, rows or 1, width].
+
+    Returns:
+        [texts, rows, width] and [texts, rows, 1].
+    """
+
+    def scores() -> torch.Tensor:
+        keys = key.transpose(1, 2)
+        return torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
+
+    weights = scores().exp_()
+    sums = weights.sum(-1, keepdim=True)
+    low, high = sums.aminmax()
+    if not (low > SUMS[0] and high < SUMS[1]):
+        shifted = scores()
+        weights = shifted.sub_(shifted.amax(-1, keepdim=True)).exp_()
+        sums = weights.sum(-1, keepdim=True)
+    return weights, sums
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -118,36 +209,15 @@ def _attend(
     how = _layout.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     _, heads, _, width = query.shape
-    source, target = how.rows(heads)
-    queries, keys, values = (
-        each[0].transpose(0, 1).reshape(-1, width).to(how.dtype).index_select(0, source) for each in (query, key, value)
-    )
+    rows = how.rows(heads)
+    queries, keys, values = (gathered(each[0].to(how.dtype), rows.source) for each in (query, key, value))
     queries.mul_(scale)
-    states = torch.empty_like(queries)
+    output = torch.empty_like(queries)
     for group in how.groups:
-        shape = (heads * group.texts, group.width, width)
-        part = slice(group.start * heads, group.start * heads + shape[0] * shape[1])
-        q, k, v, out = (each[part].view(shape) for each in (queries, keys, values, states))
-        softmax_product(q, k, v, None if group.mask is None else group.mask.repeat(heads, 1, 1), out)
-    return states.index_select(0, target).view(1, how.tokens, heads, width).to(query.dtype), None
-
-
-def softmax_product(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """out = softmax(q k^T + mask) v; [texts, width, width of a head] each."""
-    keys = key.transpose(1, 2)
-    scores = torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
-    if scores.dtype == torch.bfloat16:
-        # without the search for the largest score, and divided at the end: half the time of a softmax
-        weights = scores.exp_()
-        sums = weights.sum(-1, keepdim=True)
-        low, high = sums.aminmax()
-        if low > SUMS[0] and high < SUMS[1]:
-            torch.bmm(weights, value, out=out).div_(sums)
-            return
-        scores = torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
-    torch.bmm(torch.softmax(scores, -1), value, out=out)
+        q, k, v, out = (how.part(each, group, heads) for each in (queries, keys, values, output))
+        weights, sums = exponentials(q, k, how.mask(group, heads))
+        torch.bmm(weights, v, out=out).div_(sums)
+    return output.index_select(0, rows.target).view(1, how.tokens, heads, width).to(query.dtype), None
 
 
 AttentionInterface.register(PACKED, _attend)

@@ -1,37 +1,25 @@
 """Attention within packed rows: each row attends to itself alone, without padding and without a mask of the whole pack.
 
-`bound(pack)` tells the attention of every layer where the rows of a pack begin and end. The library's kernels have a
-slow backward pass on CPUs; matrix products and a softmax, with a backward pass of our own, are the faster way there.
+`bento.packing` says where the rows of a pack lie. The library's kernels have a slow backward pass on CPUs; matrix
+products and exponentials over rows of like length, with a backward pass of our own, are the faster way there.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from bento.packing import Layout, exponentials, gathered, present_layout
+
 SEGMENTS, SEGMENTS_LIBRARY = "ft_segments", "ft_segments_library"
 """Names of our attention, and of the library's kernel row by row, for `attn_implementation`."""
 
-_bounds: list[tuple[int, int]] = []
-
-
-@contextmanager
-def bound(bounds: list[tuple[int, int]]) -> Iterator[None]:
-    """Rows of the pack that is computed inside this block, as (start, end) token places; covers the backward pass."""
-    _bounds[:] = bounds
-    try:
-        yield
-    finally:
-        _bounds.clear()
-
 
 class SegmentAttention(torch.autograd.Function):
-    """softmax(scale * q k^T) v within each segment.
+    """softmax(scale * q k^T) v within each row of a pack.
 
-    Query heads that share a key head (grouped-query attention) are folded into the rows of one product.
+    With E = exp(q k^T) and s its sums, the gradient of the scores is E * (g' v^T - sum(g' * output)), g' = g / s.
     """
 
     @staticmethod
@@ -40,54 +28,61 @@ class SegmentAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        bounds: list[tuple[int, int]],
+        how: Layout,
         scale: float,
         causal: bool,
     ) -> torch.Tensor:
         """Args: query [heads, tokens, width]; key and value [key heads, tokens, width]. Returns as query."""
-        output = _like(query)
-        weights = []
-        for start, end in bounds:
-            folded = _fold(query, start, end, key.shape[0])
-            scores = torch.bmm(folded, key[:, start:end].transpose(1, 2)).mul_(scale)
-            if causal:
-                _hide_later(scores, end - start)
-            weight = torch.softmax(scores, -1)
-            weights.append(weight)
-            output[:, start:end] = torch.bmm(weight, value[:, start:end]).view(query.shape[0], end - start, -1)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.bounds, ctx.scale = bounds, scale
-        return output
+        (heads, tokens, width), key_heads = query.shape, key.shape[0]
+        shared = heads // key_heads
+        places, key_places = how.rows(heads, shared), how.rows(key_heads)
+        queries = gathered(query, places.source).mul_(scale)
+        keys, values = gathered(key, key_places.source), gathered(value, key_places.source)
+        output = torch.empty_like(queries)
+        kept = []
+        for group in how.groups:
+            q, k, v, out = (how.part(each, group, key_heads) for each in (queries, keys, values, output))
+            weights, sums = exponentials(q, k, how.mask(group, key_heads, shared, causal=causal))
+            torch.bmm(weights, v, out=out).div_(sums)
+            kept += [weights, sums]
+        ctx.save_for_backward(queries, keys, values, output, *kept)
+        ctx.how, ctx.scale, ctx.heads, ctx.key_heads = how, scale, heads, key_heads
+        return output.index_select(0, places.target).view(tokens, heads, width).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
-        heads, key_heads = query.shape[0], key.shape[0]
-        for_query, for_key, for_value = _like(query), _like(key), _like(value)
-        for (start, end), weight in zip(ctx.bounds, weights, strict=True):  # type: ignore[attr-defined]
-            gradient = _fold(gradients[0], start, end, key_heads)
-            for_value[:, start:end] = torch.bmm(weight.transpose(1, 2), gradient)
-            for_weight = torch.bmm(gradient, value[:, start:end].transpose(1, 2))
-            scores = torch._softmax_backward_data(for_weight, weight, -1, weight.dtype).mul_(ctx.scale)  # type: ignore[attr-defined]
-            for_query[:, start:end] = torch.bmm(scores, key[:, start:end]).view(heads, end - start, -1)
-            for_key[:, start:end] = torch.bmm(scores.transpose(1, 2), _fold(query, start, end, key_heads))
-        return for_query, for_key, for_value, None, None, None
+        queries, keys, values, output, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        how, scale, heads, key_heads = ctx.how, ctx.scale, ctx.heads, ctx.key_heads  # type: ignore[attr-defined]
+        places, key_places = how.rows(heads, heads // key_heads), how.rows(key_heads)
+        gradient = gathered(gradients[0], places.source).index_fill_(0, places.padding, 0)
+        for_queries, for_keys, for_values = (torch.empty_like(each) for each in (queries, keys, values))
+        for group, weights, sums in zip(how.groups, kept[::2], kept[1::2], strict=True):
+            q, k, v, g, out, for_q, for_k, for_v = (
+                how.part(each, group, key_heads)
+                for each in (queries, keys, values, gradient, output, for_queries, for_keys, for_values)
+            )
+            g.div_(sums)
+            torch.bmm(weights.transpose(1, 2), g, out=for_v)
+            shift = (g * out).sum(-1, keepdim=True)
+            for_scores = torch.baddbmm(shift, g, v.transpose(1, 2), beta=-1).mul_(weights)
+            torch.bmm(for_scores, k, out=for_q)
+            torch.bmm(for_scores.transpose(1, 2), q, out=for_k)
+        for_queries.mul_(scale)
+        return (
+            _scattered(for_queries, places.target, how, heads),
+            _scattered(for_keys, key_places.target, how, key_heads),
+            _scattered(for_values, key_places.target, how, key_heads),
+            None,
+            None,
+            None,
+        )
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros [heads, tokens, width] whose memory lies token by token, as the next layer reads it."""
-    heads, tokens, width = tensor.shape
-    return tensor.new_zeros(tokens, heads, width).transpose(0, 1)
-
-
-def _fold(tensor: torch.Tensor, start: int, end: int, groups: int) -> torch.Tensor:
-    """[heads, tokens, width] from `start` to `end` as [groups, heads per group x tokens, width]."""
-    return tensor[:, start:end].reshape(groups, -1, tensor.shape[-1])
-
-
-def _hide_later(scores: torch.Tensor, length: int) -> None:
-    later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
-    scores.view(-1, length, length).masked_fill_(later, float("-inf"))
+def _scattered(flat: torch.Tensor, target: torch.Tensor, how: Layout, heads: int) -> torch.Tensor:
+    """[places x heads, width] as [heads, tokens, width]; zero for what belongs to no row."""
+    tokens = flat.index_select(0, target).view(how.tokens, heads, -1)
+    tokens[sum(how.lengths) :] = 0
+    return tokens.transpose(0, 1)
 
 
 def _segments(
@@ -100,7 +95,7 @@ def _segments(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output = SegmentAttention.apply(query[0], key[0], value[0], list(_bounds), scale, _is_causal(module))
+    output = SegmentAttention.apply(query[0], key[0], value[0], present_layout(), scale, _is_causal(module))
     return output.unsqueeze(0).transpose(1, 2), None
 
 
@@ -113,18 +108,20 @@ def _segments_library(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    outputs = [
-        torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            scale=scaling,
-            is_causal=_is_causal(module),
-            enable_gqa=query.shape[1] != key.shape[1],
+    how, start, outputs = present_layout(), 0, []
+    for length in how.lengths:
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, start : start + length],
+                key[:, :, start : start + length],
+                value[:, :, start : start + length],
+                scale=scaling,
+                is_causal=_is_causal(module),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         )
-        for start, end in _bounds
-    ]
-    filled = torch.nn.functional.pad(torch.cat(outputs, 2), (0, 0, 0, query.shape[2] - _bounds[-1][1]))
+        start += length
+    filled = torch.nn.functional.pad(torch.cat(outputs, 2), (0, 0, 0, how.tokens - start))
     return filled.transpose(1, 2), None
 
 

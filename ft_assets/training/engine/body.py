@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul, keep_memory
+from bento.packing import laid_out, layout, pack_tokens
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.frozen import LowerLayers, layers_of
@@ -24,8 +25,6 @@ from ft_resources.base_models import BaseModel
 from ft_resources.errors import TrainingError
 
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
-ROUND_TOKENS = 64
-"""A pack is filled up to a multiple of this: matrix libraries build kernels for every new shape."""
 EXACT = 0.05
 """Largest difference between packed and padded states that counts as rounding, relative to their size."""
 
@@ -115,7 +114,7 @@ class Body:
     def states(self, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
         """Last hidden states [tokens, hidden] of `examples`, row after row. The backward pass belongs inside."""
         rows = [one.ids for one in examples]
-        with self._computing(), attention.bound(_bounds(rows) if self.packed else []):
+        with self._computing(), self._laid_out(rows):
             if self._lower is not None and self._lower.kept:
                 with self._lower.replaying(self._batched(self._lower.of(examples), rows)):
                     output = self._forward(rows)
@@ -135,17 +134,20 @@ class Body:
         with fast_matmul(self.device, self.dtype), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             yield
 
+    def _laid_out(self, rows: list[list[int]]) -> AbstractContextManager[None]:
+        """Tells attention where the rows of a pack lie; covers the backward pass."""
+        return laid_out(layout([len(row) for row in rows], self.dtype, self.device)) if self.packed else nullcontext()
+
     def _run(self, rows: list[list[int]]) -> torch.Tensor:
-        with attention.bound(_bounds(rows) if self.packed else []):
+        with self._laid_out(rows):
             return self._forward(rows)
 
     def _forward(self, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            spare = _spare(sum(map(len, rows)))
-            ids = torch.tensor([[token for row in rows for token in row] + [0] * spare], device=self.device)
-            places = torch.tensor(
-                [[place for row in rows for place in range(len(row))] + [0] * spare], device=self.device
-            )
+            tokens = sum(map(len, rows))
+            spare = [0] * (pack_tokens(tokens) - tokens)
+            ids = torch.tensor([[token for row in rows for token in row] + spare], device=self.device)
+            places = torch.tensor([[place for row in rows for place in range(len(row))] + spare], device=self.device)
             output: torch.Tensor = self.inner(
                 input_ids=ids, position_ids=places + self._first_place()
             ).last_hidden_state
@@ -167,7 +169,7 @@ class Body:
 
     def _batched(self, flat: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            return torch.nn.functional.pad(flat, (0, 0, 0, _spare(len(flat)))).unsqueeze(0)
+            return torch.nn.functional.pad(flat, (0, 0, 0, pack_tokens(len(flat)) - len(flat))).unsqueeze(0)
         mask = self._mask(rows)
         states = flat.new_zeros(*mask.shape, flat.shape[-1])
         states[mask] = flat
@@ -219,19 +221,6 @@ class Body:
             return bool((packed - padded).norm() <= EXACT * padded.norm())
         except (TypeError, ValueError, RuntimeError, IndexError):  # no positions, another attention, another shape
             return False
-
-
-def _spare(tokens: int) -> int:
-    """Tokens that fill up a pack."""
-    return -tokens % ROUND_TOKENS
-
-
-def _bounds(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    bounds, at = [], 0
-    for row in rows:
-        bounds.append((at, at + len(row)))
-        at += len(row)
-    return bounds
 
 
 def _padded_attention(device: torch.device) -> str:
