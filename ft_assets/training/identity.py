@@ -8,7 +8,9 @@ from ft_assets.training.reporting import expected_device
 from ft_resources.environments import Environment, source_digest
 from ft_resources.provenance import hardware
 
-TRAINER = source_digest("bento/conversation.py", "ft_assets/training/engine")
+TRAINER = source_digest(
+    "bento/conversation.py", "bento/devices.py", "bento/packing.py", "bento/shapes.py", "ft_assets/training/engine"
+)
 """Digest of the trainer's source: other training code makes another adapter."""
 
 
