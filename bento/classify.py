@@ -22,16 +22,23 @@ class Scored:
     """float16 [hidden]: the pooled last hidden state the head saw."""
 
 
-def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Places of texts, longest first, in groups whose padded size stays within `budget` tokens."""
+def passes(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[list[int]]:
+    """Places of texts, longest first, in groups that stay within `budget` tokens.
+
+    Args:
+        padded: A text counts as many tokens as the longest of its group.
+    """
     group: list[int] = []
-    width = 0
+    width = tokens = 0
     for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if group and (len(group) + 1) * width > budget:
+        length = width if padded and group else lengths[place]
+        if group and tokens + length > budget:
             yield group
-            group = []
-        width = width if group else lengths[place]
+            group, tokens, length = [], 0, lengths[place]
+        if not group:
+            width = length
         group.append(place)
+        tokens += length
     if group:
         yield group
 

@@ -1,6 +1,5 @@
 """Where an engine computes, and in which precision."""
 
-import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """Fastest first."""
 DTYPES: dict[Precision, torch.dtype] = {"int8": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Of what is not multiplied in int8."""
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""Numbers of these parameters in glibc's malloc.h; 32 MB is the most it takes for the first."""
-PASS_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 65536}
-"""Padded tokens of one pass through the model; larger passes gain nothing on that kind of device."""
+PASS_TOKENS = {"cpu": 3072, "mps": 8192, "cuda": 65536}
+"""Tokens of one pass through the model; larger passes gain little on that kind of device."""
 
 
 def pick_device(wanted: str = "") -> torch.device:
@@ -92,20 +89,6 @@ def native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
-def keep_memory() -> None:
-    """Let freed memory stay with this process, where glibc manages it.
-
-    By default every large result is mapped anew and given back, and the kernel clears its pages each time, which can
-    take longer than computing what is written there.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(_MMAP_THRESHOLD, 32 << 20)
-    mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 
 @contextmanager

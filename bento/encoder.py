@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModel
 
 from bento.bf16 import Bf16Weight
-from bento.devices import DTYPES, Precision, fast_matmul, keep_memory, native_bf16
+from bento.devices import DTYPES, Precision, fast_matmul, native_bf16
 from bento.int8 import Int8Weight
 from bento.loading import load_network
+from bento.memory import keep_memory
 from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
 from bento.packing import PACKED, Layout, laid_out, layout
 from ft_resources.base_models import BaseModel

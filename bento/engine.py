@@ -155,7 +155,8 @@ class Engine:
         """
         answers: dict[int, Scored] = {}
         with self._running, torch.inference_mode():
-            for places in passes([len(one.ids) for one in encoded], PASS_TOKENS[self.device.type]):
+            lengths = [len(one.ids) for one in encoded]
+            for places in passes(lengths, PASS_TOKENS[self.device.type], padded=not self._encoder.packed):
                 places = _by_adapter(places, encoded)
                 answers.update(zip(places, self._pass([encoded[place] for place in places]), strict=True))
         return [answers[place] for place in range(len(encoded))]

@@ -21,6 +21,7 @@ from bento.front import Front
 from bento.lifecycle import Drain, Usage, end_with_parent, settle
 from bento.limits import RateLimits
 from bento.logs import use_json
+from bento.memory import keep_memory
 from bento.metrics import metrics
 from bento.observation import Observer
 from bento.tokens import Tokens
@@ -37,6 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # oneDNN compiles a kernel for each shape and keeps 1,024 of them by default: 0.4 GB. A quarter is enough, because
 # sizes are rounded (`bento.shapes`).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+keep_memory()
 ROOT = Path(__file__).resolve().parent.parent
 share_secret()
 settings = ServiceSettings.read()

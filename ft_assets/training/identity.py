@@ -9,7 +9,12 @@ from ft_resources.environments import Environment, source_digest
 from ft_resources.provenance import hardware
 
 TRAINER = source_digest(
-    "bento/conversation.py", "bento/devices.py", "bento/packing.py", "bento/shapes.py", "ft_assets/training/engine"
+    "bento/conversation.py",
+    "bento/devices.py",
+    "bento/memory.py",
+    "bento/packing.py",
+    "bento/shapes.py",
+    "ft_assets/training/engine",
 )
 """Digest of the trainer's source: other training code makes another adapter."""
 

@@ -14,7 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from bento.devices import fast_matmul, keep_memory
+from bento.devices import fast_matmul
+from bento.memory import keep_memory
 from bento.packing import laid_out, layout, pack_tokens
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
