@@ -14,6 +14,7 @@ from bento.memory import keep_memory
 from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
 from bento.packing import PACKED, Layout, laid_out, layout
 from ft_resources.base_models import BaseModel
+from ft_resources.errors import ServiceError
 
 EXACT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest difference between packed and padded states that counts as rounding, relative to their size."""
@@ -49,8 +50,14 @@ class Encoder:
         counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
         self._first_place = int(embeddings.padding_idx) + 1 if counts_on else 0
         self.packed = False
-        self.families = families_of(self.layers, self._probe)
-        """Linear layers that read the same input."""
+        try:
+            self.families = families_of(self.layers, self._probe)
+        except (RuntimeError, TypeError) as error:
+            raise ServiceError(
+                f"base model '{base.reference}' cannot be computed in {precision}: {error}",
+                where=str(base.path),
+                mend="Use fp32, or another base model.",
+            ) from error
         self.packed = device.type == "cpu" and self._packs()
         if precision == "int8":
             for layer in self.layers.values():
@@ -148,10 +155,10 @@ class Encoder:
             mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(self.device)
         return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
 
-    def _probe(self) -> torch.Tensor:
-        """Means of two short texts of any tokens."""
+    def _probe(self, step: int = 5) -> torch.Tensor:
+        """Means of two short texts of any tokens; those of the second are `step` apart."""
         vocabulary = int(self.config.vocab_size)
-        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
+        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
         return self.pooled(texts, (), ("mean", "mean"))
 
     def _packs(self) -> bool:
@@ -164,7 +171,9 @@ class Encoder:
             self._model.set_attn_implementation(PACKED)
             self.packed = True
             packed = self._probe()
-            if bool((packed - padded).norm() <= EXACT[self.dtype] * padded.norm()):
+            # a model that attends its own way sees both, which rounding could hide
+            apart = torch.equal(packed[0], self._probe(step=9)[0])
+            if apart and bool((packed - padded).norm() <= EXACT[self.dtype] * padded.norm()):
                 return True
         except (TypeError, ValueError, RuntimeError, IndexError, LookupError):
             pass  # it takes no positions, or has another kind of attention

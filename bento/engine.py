@@ -96,15 +96,22 @@ class Engine:
             return known
         files = read_adapter(folder)
         self._check(files, folder)
+        update = Update(
+            {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()},
+            self._encoder.families,
+            self._encoder.update_dtype,
+            self.device,
+        )
+        if not update.finite:
+            raise ServiceError(
+                f"the adapter's update is too large for {self.precision}",
+                where=str(folder),
+                mend="Train it with a smaller learning rate.",
+            )
         adapter = Adapter(
             digest=digest,
             manifest=files.manifest,
-            update=Update(
-                {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()},
-                self._encoder.families,
-                self._encoder.update_dtype,
-                self.device,
-            ),
+            update=update,
             head_weight=files.head_weight.to(self.device),
             head_bias=files.head_bias.to(self.device),
             tokenizer=self._tokenizer_for(files.manifest.max_tokens),

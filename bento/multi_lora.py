@@ -22,7 +22,7 @@ LIKE = 0.7
 LONG = 160
 """Rows from which on a segment is a product of its own."""
 EQUAL = 4
-"""As many segments of one length stay by themselves: they need no padding, so that their rows are not moved."""
+"""As many segments of one length stay by themselves: if it is a rounded one, their rows are not moved."""
 
 
 class Update:
@@ -59,6 +59,11 @@ class Update:
             for module, a in parts:
                 self.columns[module] = slice(at, at + a.shape[1])
                 at += a.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its values are; scaled and rounded to `dtype` they may not be any more."""
+        return all(bool(each.isfinite().all()) for each in (*self.a.values(), *self.b.values()))
 
     @property
     def nbytes(self) -> int:
@@ -302,7 +307,12 @@ def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int
     longest = shortest = 0
     for start, stop, update in parts:
         length = stop - start
-        joins = length <= LONG and bool(groups) and groups[-1][-1][1] == start and groups[-1][-1][2].form == update.form
+        joins = (
+            max(length, longest) <= LONG
+            and bool(groups)
+            and groups[-1][-1][1] == start
+            and groups[-1][-1][2].form == update.form
+        )
         if joins:
             like = min(shortest, length) > LIKE * max(longest, length)
             joins = like and (length == longest == shortest or longest > shortest or len(groups[-1]) < EQUAL)
@@ -317,7 +327,9 @@ def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int
 def _group(parts: Sequence[tuple[int, int, Update]], per_row: int, rows: int, device: torch.device) -> Group:
     first = torch.tensor([start * per_row for start, *_ in parts])[:, None]
     counts = torch.tensor([(stop - start) * per_row for start, stop, _ in parts])[:, None]
-    start, stop, width = int(first[0]), int(first[-1] + counts[-1]), rounded(int(counts.max()), 8, 16)
+    start, stop, width = int(first[0]), int(first[-1] + counts[-1]), int(counts.max())
+    if device.type == "cpu":
+        width = rounded(width, 8, 16)
     updates = [update for *_, update in parts]
     if len(parts) == 1:
         return Group(start, stop, min(width, rows - start), None, None, updates)

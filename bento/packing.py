@@ -117,7 +117,8 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
         starts.append(starts[-1] + length)
     alike: dict[int, list[int]] = {}
     for text, length in enumerate(lengths):
-        alike.setdefault(rounded(length, 8, 16), []).append(text)
+        if length:
+            alike.setdefault(rounded(length, 8, 16), []).append(text)
     groups, sources, reals, places = [], [], [], 0
     for width, texts in alike.items():
         first, inside = torch.tensor([starts[text] for text in texts])[:, None], torch.arange(width)
@@ -153,11 +154,6 @@ def laid_out(how: Layout) -> Iterator[None]:
         yield
     finally:
         _layout.reset(token)
-
-
-def present_layout() -> Layout:
-    """That of the pack that is computed now."""
-    return _layout.get()
 
 
 def gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How long each phase of a request took: tokenise, queue, compute, log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -35,3 +35,19 @@ class Phases:
             yield
         finally:
             self.add(name, start, time.monotonic())
+
+    @contextmanager
+    def answering(self, began: Callable[[], float | None]) -> Iterator[None]:
+        """Time what is done inside as queue until the moment that `began` tells at its end, then as compute.
+
+        Args:
+            began: None: it never did.
+        """
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            end, moment = time.monotonic(), began()
+            self.add("queue", start, end if moment is None else max(start, moment))
+            if moment is not None:
+                self.add("compute", max(start, moment), end)

@@ -251,9 +251,15 @@ class Work:
         self._waiting = [place for place, result in enumerate(self._results) if result is None]
         self._running: dict[int, Running] = {}
         self._begun = 0
+        self._first: Running | None = None
         self._lock = threading.Lock()  # never held while the engine is called: it calls back from its own thread
         self.future.add_done_callback(self._given_up)
         self._fill()
+
+    @property
+    def began(self) -> float | None:
+        """`time.monotonic()` when the engine took the first prompt from its queue; None: all wait."""
+        return None if self._first is None else self._first.generation.began
 
     def cut_off(self) -> list[Prediction]:
         """Give up; the answers that are there, and what was written so far of those that were begun."""
@@ -280,6 +286,7 @@ class Work:
                 continue
             with self._lock:
                 self._running[place] = running
+                self._first = self._first or running
             if self.future.cancelled():
                 running.generation.cancel()
             running.generation.future.add_done_callback(functools.partial(self._finish, place))

@@ -112,7 +112,7 @@ async def written_events(
     try:
         running.generation.future.add_done_callback(lambda _: hand_over(None))
         late = False
-        with state.phases("compute"):
+        with state.phases.answering(lambda: running.generation.began):
             try:
                 # before the first event the front keeps the time
                 while (piece := await _before(state.deadline if begun else None, pieces)) is not None:

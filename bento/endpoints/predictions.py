@@ -93,8 +93,8 @@ async def written(request: Request, backend: Backend, prompted: Prompted) -> Seq
     from bento.admitted import Answers
 
     state = request.state
-    with state.phases("compute"):
-        work = Work(prompted)
+    work = Work(prompted)
+    with state.phases.answering(lambda: work.began):
         try:
             results = await while_connected(request, asyncio.wrap_future(work.future))
         except (CallerGone, asyncio.CancelledError):

@@ -8,6 +8,7 @@ floating-point rounding.
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -271,6 +272,7 @@ class Generator(Prompting):
             if request.place is None:
                 return
             request.place.owner = request
+            request.began = time.monotonic()
             self._running.append(request)
             with self._changed:
                 self._waiting.remove(request)

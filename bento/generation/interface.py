@@ -75,6 +75,11 @@ class Generation(Protocol):
         """The answer, or its error; cancelled after `cancel`."""
         ...
 
+    @property
+    def began(self) -> float | None:
+        """`time.monotonic()` when the engine took it from its queue; None: it waits."""
+        ...
+
     def cancel(self) -> None:
         """Give it up; its slot is free at the next step. Without effect once it is finished."""
         ...

@@ -31,6 +31,7 @@ class Request:
         self.future: Future[Completion] = Future()
         self.prompt, self.adapter, self.sampling = list(ids), adapter, sampling
         self.place: Place | None = None
+        self.began: float | None = None
         self.last = -1
         """The token written last."""
         self.matcher = matcher

@@ -6,6 +6,7 @@ An adapter is handed over as the folder it is stored in, under a number of its o
 import asyncio
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -70,6 +71,7 @@ class VllmGeneration:
 
     def __init__(self, future: "Future[Completion]") -> None:
         self.future = future
+        self.began = time.monotonic()  # vLLM does not tell how long it lets a request wait
 
     def cancel(self) -> None:
         """See `interface.Generation`."""

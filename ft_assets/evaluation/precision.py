@@ -1,5 +1,6 @@
 """In which precision an adapter is served: the fastest one that gives the answers of plain peft in float32."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from bento.engine import Engine
 from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.report import Agreement, Serving
 from ft_resources.base_models import BaseModel
+from ft_resources.errors import ServiceError
 from ft_resources.lake import Artefact
+
+logger = logging.getLogger(__name__)
 
 SHIFT_QUANTILE = 0.95
 ALONE_ROWS = 64
@@ -41,7 +45,11 @@ def choose_engine(
     for precision in precisions_of(pick_device(device)):
         if precision not in policy.precisions:
             continue
-        engine = Engine(base, precision=precision, device=device)
+        try:
+            engine = Engine(base, precision=precision, device=device)
+        except ServiceError as error:  # some models cannot be computed in bf16
+            logger.warning("not served in %s: %s", precision, error)
+            continue
         engine.load(adapter.digest, adapter.folder)
         tried.append(agreement(engine, adapter.digest, texts, plain))
         if keeps(tried[-1], policy):

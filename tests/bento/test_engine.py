@@ -1,5 +1,6 @@
 """The engine against plain peft, and adapters against each other."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
+from bento.classify import passes
 from bento.devices import pick_device, pick_precision
 from bento.encoder import Encoder
 from bento.engine import Engine
@@ -149,10 +152,16 @@ def test_a_text_encoded_before_the_unload_is_still_answered(
         engine.load(A, folders[A])
 
 
-def test_bf16_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, folders: dict[str, Path]) -> None:
-    half = Engine(workshop.base, precision="bf16", device="cpu")
-    half.load(A, folders[A])
-    exact, rounded = probabilities(engine, A, workshop.texts), probabilities(half, A, workshop.texts)
+@pytest.fixture(scope="module")
+def bf16(workshop: Any, folders: dict[str, Path]) -> Engine:
+    engine = Engine(workshop.base, precision="bf16", device="cpu")
+    for digest, folder in folders.items():
+        engine.load(digest, folder)
+    return engine
+
+
+def test_bf16_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, bf16: Engine) -> None:
+    exact, rounded = probabilities(engine, A, workshop.texts), probabilities(bf16, A, workshop.texts)
     clear = np.abs(exact[:, 0] - 0.5) > 0.1
     assert clear.sum() >= 3
     assert (exact.argmax(1) == rounded.argmax(1))[clear].all()
@@ -169,7 +178,7 @@ def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_answers_do_not_depend_on_the_default_dtype(
     workshop: Any, precision: str, request: pytest.FixtureRequest
 ) -> None:
@@ -231,6 +240,48 @@ def test_attention_weights_are_a_softmax_at_any_size_of_scores(size: float, dtyp
     weights, sums = exponentials(query, key, mask.to(dtype))
     scores = torch.baddbmm(mask.to(dtype), query, key.transpose(1, 2))
     torch.testing.assert_close((weights / sums).float(), torch.softmax(scores.float(), -1), rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_attends_its_own_way_is_padded(workshop: Any, tmp_path: Path, precision: Any) -> None:
+    """RoFormer ignores which attention it is told to use."""
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model("roformer", vocab_size=90, **small)).save_pretrained(tmp_path)
+    encoder = Encoder(dataclasses.replace(workshop.base, source=tmp_path), precision, pick_device("cpu"))
+    assert not encoder.packed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_text_without_tokens_spoils_no_other(workshop: Any, precision: Any) -> None:
+    encoder = Encoder(workshop.base, precision, pick_device("cpu"))
+    assert encoder.packed
+    found = encoder.pooled([[101, 2000, 102], [], [101, 102]], (), ("mean",) * 3)
+    assert found.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_an_update_too_large_for_its_precision_is_refused(
+    workshop: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[A], tmp_path / "large")
+    put_tensor(tmp_path / "large" / "adapter_model.safetensors", QUERY + "B.weight", (384, 4), 3.0e38)
+    engine = Engine(workshop.base, precision="bf16", device="cpu")
+    with pytest.raises(ServiceError, match="too large for bf16"):
+        engine.load("d" * 64, tmp_path / "large")
+    assert not engine.loaded
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_passes_stay_within_their_tokens(padded: bool) -> None:
+    lengths = np.random.default_rng(0).integers(1, 129, 200).tolist()
+    found = list(passes(lengths, 512, padded=padded))
+    assert sorted(place for places in found for place in places) == list(range(200))
+    sizes = [
+        len(places) * max(lengths[place] for place in places) if padded else sum(lengths[place] for place in places)
+        for places in found
+    ]
+    assert max(sizes) <= 512
+    assert sum(sizes) > 0.9 * 512 * (len(sizes) - 1)
 
 
 def test_new_lengths_make_few_new_shapes() -> None:

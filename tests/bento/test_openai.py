@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -102,6 +104,28 @@ def test_many_ask_at_once_with_the_asynchronous_client(served: Served) -> None:
     texts = asyncio.run(ask())
     assert len(set(texts[::2])) == len(set(texts[1::2])) == 1, "the same seed gives the same text"
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_phase_of_a_written_answer_is_measured(served: Served, client: openai.OpenAI, stream: bool) -> None:
+    def counts() -> dict[str, float]:
+        found = re.findall(
+            r'^ft_phase_seconds_count{.*phase="(\w+)".*task="chat".*} (\S+)$',
+            httpx.get(f"{served.url}/metrics").text,
+            re.M,
+        )
+        return {phase: float(count) for phase, count in found}
+
+    before = counts()
+    answer: Any = client.chat.completions.create(model="chat", messages=ASKED, max_tokens=4, stream=stream)
+    if stream:
+        list(answer)
+    deadline = time.monotonic() + 10  # a stream is counted after its last piece
+    while (after := counts()) == before:
+        assert time.monotonic() < deadline
+    assert {phase: after[phase] - before.get(phase, 0) for phase in after} == dict.fromkeys(
+        ("tokenise", "queue", "compute", "log"), 1
+    )
 
 
 def test_texts_are_continued(client: openai.OpenAI) -> None:

@@ -84,6 +84,15 @@ def test_answers_are_learned_the_same_with_every_lever(
     assert fast.history.loss[-1] < fast.history.loss[0]
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_rows_are_packed_in_bf16_too(kind: str, method: str, tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    """With packing `on`, a base that cannot be packed is refused."""
+    chosen = settings(tiny(kind), method=method, training={"precision": "bf16"}, speed={"packing": "on"})
+    trained = train(classes, chosen, tmp_path / "packed")
+    assert np.isfinite(trained.history.loss).all()
+
+
 @pytest.mark.parametrize("lever", [name for name in PLAIN if name != "cache_frozen"])
 def test_each_lever_alone_changes_no_loss(lever: str, tiny: Tiny, answers: TaskRows, tmp_path: Path) -> None:
     one = {**PLAIN, lever: "on" if lever == "packing" else True}

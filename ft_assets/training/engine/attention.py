@@ -1,26 +1,38 @@
 """Attention within packed rows: each row attends to itself alone, without padding and without a mask of the whole pack.
 
 `bento.packing` says where the rows of a pack lie. The library's kernels have a slow backward pass on CPUs; matrix
-products and exponentials over rows of like length, with a backward pass of our own, are the faster way there.
+products and a softmax over rows of like length, with a backward pass of our own, are the faster way there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from bento.packing import Layout, exponentials, gathered, present_layout
+from bento.packing import Layout, gathered
 
 SEGMENTS, SEGMENTS_LIBRARY = "ft_segments", "ft_segments_library"
 """Names of our attention, and of the library's kernel row by row, for `attn_implementation`."""
 
+_present: list[Layout] = []
+"""Seen by every thread: off the CPU the backward pass, and what checkpointing computes again in it, has its own."""
+
+
+@contextmanager
+def laid_out(how: Layout) -> Iterator[None]:
+    """The pack that is computed inside this block; covers the backward pass."""
+    _present[:] = [how]
+    try:
+        yield
+    finally:
+        _present.clear()
+
 
 class SegmentAttention(torch.autograd.Function):
-    """softmax(scale * q k^T) v within each row of a pack.
-
-    With E = exp(q k^T) and s its sums, the gradient of the scores is E * (g' v^T - sum(g' * output)), g' = g / s.
-    """
+    """softmax(scale * q k^T) v within each row of a pack."""
 
     @staticmethod
     def forward(
@@ -42,29 +54,29 @@ class SegmentAttention(torch.autograd.Function):
         kept = []
         for group in how.groups:
             q, k, v, out = (how.part(each, group, key_heads) for each in (queries, keys, values, output))
-            weights, sums = exponentials(q, k, how.mask(group, key_heads, shared, causal=causal))
-            torch.bmm(weights, v, out=out).div_(sums)
-            kept += [weights, sums]
-        ctx.save_for_backward(queries, keys, values, output, *kept)
+            mask, columns = how.mask(group, key_heads, shared, causal=causal), k.transpose(1, 2)
+            scores = torch.bmm(q, columns) if mask is None else torch.baddbmm(mask, q, columns)
+            kept.append(torch.softmax(scores, -1))
+            torch.bmm(kept[-1], v, out=out)
+        ctx.save_for_backward(queries, keys, values, *kept)
         ctx.how, ctx.scale, ctx.heads, ctx.key_heads = how, scale, heads, key_heads
         return output.index_select(0, places.target).view(tokens, heads, width).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        queries, keys, values, output, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        queries, keys, values, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         how, scale, heads, key_heads = ctx.how, ctx.scale, ctx.heads, ctx.key_heads  # type: ignore[attr-defined]
         places, key_places = how.rows(heads, heads // key_heads), how.rows(key_heads)
         gradient = gathered(gradients[0], places.source).index_fill_(0, places.padding, 0)
         for_queries, for_keys, for_values = (torch.empty_like(each) for each in (queries, keys, values))
-        for group, weights, sums in zip(how.groups, kept[::2], kept[1::2], strict=True):
-            q, k, v, g, out, for_q, for_k, for_v = (
+        for group, weights in zip(how.groups, kept, strict=True):
+            q, k, v, g, for_q, for_k, for_v = (
                 how.part(each, group, key_heads)
-                for each in (queries, keys, values, gradient, output, for_queries, for_keys, for_values)
+                for each in (queries, keys, values, gradient, for_queries, for_keys, for_values)
             )
-            g.div_(sums)
             torch.bmm(weights.transpose(1, 2), g, out=for_v)
-            shift = (g * out).sum(-1, keepdim=True)
-            for_scores = torch.baddbmm(shift, g, v.transpose(1, 2), beta=-1).mul_(weights)
+            for_weights = torch.bmm(g, v.transpose(1, 2))
+            for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
             torch.bmm(for_scores, k, out=for_q)
             torch.bmm(for_scores.transpose(1, 2), q, out=for_k)
         for_queries.mul_(scale)
@@ -95,7 +107,9 @@ def _segments(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output = SegmentAttention.apply(query[0], key[0], value[0], present_layout(), scale, _is_causal(module))
+    how = _present[0]
+    heads = (each[0].to(how.dtype) for each in (query, key, value))  # rotary embeddings may leave them in float32
+    output = SegmentAttention.apply(*heads, how, scale, _is_causal(module))
     return output.unsqueeze(0).transpose(1, 2), None
 
 
@@ -108,7 +122,7 @@ def _segments_library(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    how, start, outputs = present_layout(), 0, []
+    how, start, outputs = _present[0], 0, []
     for length in how.lengths:
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul
 from bento.memory import keep_memory
-from bento.packing import laid_out, layout, pack_tokens
+from bento.packing import layout, pack_tokens
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.frozen import LowerLayers, layers_of
@@ -137,7 +137,9 @@ class Body:
 
     def _laid_out(self, rows: list[list[int]]) -> AbstractContextManager[None]:
         """Tells attention where the rows of a pack lie; covers the backward pass."""
-        return laid_out(layout([len(row) for row in rows], self.dtype, self.device)) if self.packed else nullcontext()
+        if not self.packed:
+            return nullcontext()
+        return attention.laid_out(layout([len(row) for row in rows], self.dtype, self.device))
 
     def _run(self, rows: list[list[int]]) -> torch.Tensor:
         with self._laid_out(rows):
@@ -207,9 +209,12 @@ class Body:
         return False
 
     def _packs_exactly(self) -> bool:
-        """Whether two rows packed give the states of the same rows padded."""
+        """Whether two rows packed give the states of the same rows padded, and the first ones none of the second."""
         vocabulary = int(self.network.config.vocab_size)
-        rows = [[(7 * at + 11) % vocabulary for at in range(9)], [(5 * at + 3) % vocabulary for at in range(5)]]
+        rows, others = (
+            [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
+            for step in (5, 9)
+        )
         name = attention.SEGMENTS if self.settings.speed.segment_attention else attention.SEGMENTS_LIBRARY
         self.network.eval()
         try:
@@ -219,7 +224,9 @@ class Body:
                 self.network.set_attn_implementation(name)
                 self.packed = True
                 packed = self._flat(self._run(rows), rows).float()
-            return bool((packed - padded).norm() <= EXACT * padded.norm())
+                beside = self._flat(self._run(others), others).float()
+            same = bool((packed - padded).norm() <= EXACT * padded.norm())
+            return same and torch.equal(packed[: len(rows[0])], beside[: len(rows[0])])
         except (TypeError, ValueError, RuntimeError, IndexError):  # no positions, another attention, another shape
             return False
 
