@@ -159,7 +159,7 @@ def test_a_stream_ends_at_its_deadline_and_is_recorded(make: Callable[..., Write
     assert prediction.text.output.startswith("".join(one["choices"][0]["delta"]["content"] for one in pieces))
     assert usage["usage"]["completion_tokens"] == prediction.text.completion_tokens < 400
     assert state.outcome == "deadline_exceeded"
-    assert {one.name for one in state.phases.spent} == {"compute", "log"}
+    assert {one.name for one in state.phases.spent} == {"queue", "compute", "log"}
 
 
 def test_a_stream_nobody_reads_computes_nothing(make: Callable[..., Writer]) -> None:
