@@ -13,6 +13,7 @@ from bento.loading import load_network
 from bento.memory import keep_memory
 from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
 from bento.packing import PACKED, Layout, laid_out, layout
+from bento.shared_weights import share_weights
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -66,6 +67,7 @@ class Encoder:
         elif precision == "bf16" and device.type == "cpu" and native_bf16(device):
             for layer in self.layers.values():
                 layer.take(Bf16Weight)
+        share_weights(f"{base.digest}-encoder-{precision}", (*self._model.parameters(), *self._model.buffers()))
 
     @property
     def hidden(self) -> int:

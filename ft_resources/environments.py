@@ -178,7 +178,8 @@ class ServiceSettings:
     drain_seconds: float
     """`FT_DRAIN_SECONDS`, default 2: time between SIGTERM and the end in which new requests get 503."""
     workers: int
-    """`FT_WORKERS`, default 1: processes that serve. Each has a model of its own and its share of the cores."""
+    """`FT_WORKERS`, default 1: processes that serve, each with its share of the cores. The weights of base models
+    they have in memory once, where they can (`bento.shared_weights`)."""
     log: Literal["text", "json"]
     """`FT_LOG`, `text` (default) or `json`: one JSON object per line, and one line per request."""
     otlp: str

@@ -16,6 +16,7 @@ from bento.generation.attention import Plan, Rows, Run, lower_triangle, planned
 from bento.generation.cache import Cache
 from bento.generation.lora import Member, Pair, Updates, group_linears, place
 from bento.loading import load_network
+from bento.shared_weights import share_weights
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -66,6 +67,11 @@ class Decoder:
         self._linears: dict[str, Member] = {
             name: self._network.get_submodule(name) for group in self.groups for name in group.names
         }
+        of_groups = [one for group in self.groups for one in (group.weight, group.bias) if one is not None]
+        share_weights(
+            f"{base.digest}-decoder-{str(self.dtype).removeprefix('torch.')}",
+            (*self._network.parameters(), *self._network.buffers(), *of_groups),
+        )
         self._network.set_attn_implementation(attention.NAME)
         self._compare(probe, expected)
 
