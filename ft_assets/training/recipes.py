@@ -59,6 +59,13 @@ class TrainingSettings(Strict):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Rate after the warm-up.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay.")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="Share of steps with a rising rate.")
+    averaged_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The adapter is a moving average of the weights over about this share of the steps; none: the "
+        "weights after the last step.",
+    )
     label_smoothing: float = Field(0.05, ge=0, lt=1, description="Label smoothing of a classifier's cross-entropy.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     class_weighting: Literal["none", "balanced"] = Field("none", description="balanced: weight by inverse frequency.")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from ft_assets.training.engine.averaging import WeightAverage
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
 from ft_assets.training.engine.trainer import Step, Trained
@@ -236,7 +237,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     precision: str, step: int, tiny: Tiny, classes: TaskRows, tmp_path: Path
 ) -> None:
     """Six steps an epoch: died after the first step, within and at the end of the first epoch, in the second."""
-    often = {"precision": precision, "checkpoint_minutes": 1e-9}
+    often = {"precision": precision, "checkpoint_minutes": 1e-9, "averaged_share": 0.5 if precision == "bf16" else None}
     chosen = settings(tiny("bert"), training=often, lora={"dropout": 0.1})
     lake = Lake(tmp_path / "lake")
     undisturbed = train(classes, chosen, tmp_path / "undisturbed")
@@ -246,6 +247,34 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert resumed.steps_now == undisturbed.steps_now - (step - 1)
     assert digests(tmp_path / "resumed") == digests(tmp_path / "undisturbed")
     assert torch.equal(resumed.trace, undisturbed.trace)
+
+
+def test_an_average_is_of_the_weights_and_does_not_change_their_way(
+    tiny: Tiny, classes: TaskRows, tmp_path: Path
+) -> None:
+    found = {}
+    for share in (None, 1e-9, 0.5):
+        chosen = settings(tiny("bert"), training={"averaged_share": share})
+        found[share] = train(classes, chosen, tmp_path / str(share))
+    assert torch.equal(found[None].trace, found[0.5].trace)
+    weights = {share: digests(tmp_path / str(share))["adapter_model.safetensors"] for share in found}
+    assert weights[1e-9] == weights[None], "of one step"
+    assert weights[0.5] != weights[None]
+    assert not np.array_equal(found[0.5].outputs, found[None].outputs), "the average is what is validated"
+
+
+def test_a_weight_average_forgets_the_beginning() -> None:
+    weight = torch.nn.Parameter(torch.tensor([8.0]))
+    average = WeightAverage({"one": weight}, 0.5)
+    for step, value in enumerate((1.0, 2.0, 3.0, 4.0), start=1):
+        weight.data.fill_(value)
+        average.follow(step)
+    # windows of one step, one step, one and a half, two
+    expected = (2.0 / 3 + 3.0 / 1.5) / 2 + 4.0 / 2
+    assert average.tensors["one"].item() == pytest.approx(expected)
+    with average.instead():
+        assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 4.0
 
 
 def test_another_seed_gives_other_bytes(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from ft_assets.training.engine.averaging import WeightAverage
 from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts, steps_per_epoch
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.distributed import World
@@ -153,6 +154,8 @@ class Trainer:
         )
         self._tokens_before = 0
         self._trace: list[torch.Tensor] = []
+        share = self.options.averaged_share
+        self._average = None if share is None else WeightAverage(self.weights, share)
         self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
         self._outputs = np.zeros((0, learner.outputs), dtype=np.float32)
 
@@ -200,6 +203,8 @@ class Trainer:
             rate = self._set_rate()
             loss = self._step(rows)
             self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
+            if self._average is not None:
+                self._average.follow(self.at.step)
             self.history.loss.append(loss)
             tokens = sum(len(one.ids) for one in rows)
             self.history.tokens += tokens
@@ -228,7 +233,9 @@ class Trainer:
         self._end_epoch(time.perf_counter() - started)
 
     def _end_epoch(self, seconds: float) -> None:
-        outputs = self._outputs_on(self.validation)
+        with nullcontext() if self._average is None else self._average.instead():
+            outputs = self._outputs_on(self.validation)
+            learned = {name: weight.detach().clone() for name, weight in self.weights.items()}
         measured = self.learner.measured(outputs, self.validation) if len(self.validation) else {"loss": 0.0}
         score = self.learner.score(measured) if len(self.validation) else (float(self.at.epoch),)
         history = self.history
@@ -237,7 +244,7 @@ class Trainer:
         history.validation.append(measured)
         if better:
             history.best_epoch, self.at.stale = self.at.epoch, 0
-            self._best = {name: weight.detach().clone() for name, weight in self.weights.items()}, outputs
+            self._best = learned, outputs
         else:
             self.at.stale += 1
         self.at.epoch, self.at.batch, self.at.seconds = self.at.epoch + 1, 0, 0.0
@@ -357,6 +364,8 @@ class Trainer:
         tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors |= {f"{moment}/{name}": state[weight][moment] for name, weight in self.weights.items()}
+        if self._average is not None:
+            tensors |= {f"average/{name}": value for name, value in self._average.tensors.items()}
         tensors |= {"trace": torch.stack(self._trace), "outputs": torch.from_numpy(self._outputs)}
         snapshot = Snapshot({**asdict(self.at), "history": asdict(self.history)}, tensors)
         self.checkpoints.save(snapshot, epoch_seconds=epoch_seconds, best=best)
@@ -376,6 +385,8 @@ class Trainer:
                 "step": torch.tensor(float(self.at.step), device=weight.device),
                 **{moment: tensors[f"{moment}/{name}"].to(weight.device) for moment in ("exp_avg", "exp_avg_sq")},
             }
+            if self._average is not None:
+                self._average.tensors[name].copy_(tensors[f"average/{name}"])
         self._trace = list(tensors["trace"])
 
     def _best_weights(self) -> tuple[Mapping[str, torch.Tensor], np.ndarray]:
@@ -383,7 +394,8 @@ class Trainer:
             return self._best
         assert self.checkpoints is not None  # the best epoch was before this process began
         tensors = self.checkpoints.best().tensors
-        return {name: tensors[f"weight/{name}"] for name in self.weights}, tensors["outputs"].numpy()
+        kind = "weight" if self._average is None else "average"
+        return {name: tensors[f"{kind}/{name}"] for name in self.weights}, tensors["outputs"].numpy()
 
 
 @contextmanager
