@@ -1,4 +1,4 @@
-"""A moving average of the weights that are trained, better on new rows than the last ones (Polyak and Juditsky, 1992)."""
+"""A moving average of the weights that are trained: better on new rows than the last (Polyak and Juditsky, 1992)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
