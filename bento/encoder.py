@@ -12,7 +12,7 @@ from bento.int8 import Int8Weight
 from bento.loading import load_network
 from bento.memory import keep_memory
 from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
-from bento.packing import PACKED, Layout, laid_out, layout
+from bento.packing import PACKED, Layout, first_place, laid_out, layout, pack, probe_rows
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -45,10 +45,7 @@ class Encoder:
             self._model.pooler = None  # not on the way to the hidden states
         self._attention = self.dtype
         self._pad = int(getattr(self.config, "pad_token_id", None) or 0)
-        embeddings: Any = getattr(self._model, "embeddings", None)
-        # RoBERTa and its kin count positions from the padding token's number on
-        counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
-        self._first_place = int(embeddings.padding_idx) + 1 if counts_on else 0
+        self._first_place = first_place(self._model)
         self.packed = False
         try:
             self.families = families_of(self.layers, self._probe)
@@ -132,18 +129,15 @@ class Encoder:
         else:
             self._segments.set(len(texts), segments)
         try:
-            output = self._pack(texts, lengths, how) if self.packed else self._padded(texts, lengths)
+            output = self._pack(texts, how) if self.packed else self._padded(texts, lengths)
         finally:
             self._segments.clear()
         return output.view(-1, output.shape[-1])
 
-    def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], how: Layout) -> torch.Tensor:
-        spare = [0] * (how.tokens - sum(lengths))
-        ids = torch.tensor([[token for text in texts for token in text] + spare])
-        places = torch.tensor([[place for length in lengths for place in range(length)] + spare]) + self._first_place
+    def _pack(self, texts: Sequence[Sequence[int]], how: Layout) -> torch.Tensor:
+        ids, places = pack(texts, self._first_place, self.device)
         with laid_out(how):
-            output = self._model(input_ids=ids.to(self.device), position_ids=places.to(self.device))
-        return output.last_hidden_state
+            return self._model(input_ids=ids, position_ids=places).last_hidden_state
 
     def _padded(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
         width = max(lengths)
@@ -156,10 +150,8 @@ class Encoder:
         return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
 
     def _probe(self, step: int = 5) -> torch.Tensor:
-        """Means of two short texts of any tokens; those of the second are `step` apart."""
-        vocabulary = int(self.config.vocab_size)
-        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
-        return self.pooled(texts, (), ("mean", "mean"))
+        """Means of the two texts of `probe_rows`."""
+        return self.pooled(probe_rows(int(self.config.vocab_size), step), (), ("mean", "mean"))
 
     def _packs(self) -> bool:
         """Whether two texts in a pack get the states they get in a padded batch; leaves the attention that fits."""

@@ -110,6 +110,31 @@ def pack_tokens(tokens: int) -> int:
     return rounded(tokens, 8, 32)
 
 
+def pack(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of the pack that holds `rows`, long [1, tokens of the pack] each.
+
+    Args:
+        first: Position of the first token of a row, see `first_place`.
+    """
+    tokens = sum(map(len, rows))
+    spare = pack_tokens(tokens) - tokens
+    ids = [token for row in rows for token in row] + [0] * spare
+    places = [place for row in rows for place in range(first, first + len(row))] + [first] * spare
+    return torch.tensor([ids], device=device), torch.tensor([places], device=device)
+
+
+def first_place(model: Any) -> int:
+    """Position of the first token of a row: RoBERTa and its kin count from the padding token's number on."""
+    embeddings: Any = getattr(model, "embeddings", None)
+    counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(embeddings.padding_idx) + 1 if counts_on else 0
+
+
+def probe_rows(vocabulary: int, step: int) -> list[list[int]]:
+    """Two short rows of any tokens, to see whether a model can be packed; those of the second are `step` apart."""
+    return [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
+
+
 def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Layout:
     """The layout of texts of these lengths, one after the other."""
     starts = [0]
