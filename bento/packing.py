@@ -186,32 +186,34 @@ def gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(0, 1).reshape(-1, tensor.shape[-1]).index_select(0, rows)
 
 
-def exponentials(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(q k^T + mask), up to a factor for each row, and the sums of the rows: their quotient is the softmax.
-
-    Without the search for the largest score of a row it takes half the time of a softmax; it is searched for only
-    where the range of the type would be left.
+def scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """q k^T + mask, [texts, rows, width].
 
     Args:
         query: [texts, rows, width of a head], already scaled.
         key: [texts, width, width of a head].
-        mask: Added to the scores, [texts or 1, rows or 1, width].
+        mask: [texts or 1, rows or 1, width]; None: nothing is added.
+    """
+    keys = key.transpose(1, 2)
+    return torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
+
+
+def exponentials(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp of the `scores` of these, up to a factor for each row, and sums of the rows: their quotient is the softmax.
+
+    Without the search for the largest score of a row it takes half the time of a softmax; it is searched for only
+    where the range of the type would be left.
 
     Returns:
         [texts, rows, width] and [texts, rows, 1].
     """
-
-    def scores() -> torch.Tensor:
-        keys = key.transpose(1, 2)
-        return torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
-
-    weights = scores().exp_()
+    weights = scores(query, key, mask).exp_()
     sums = weights.sum(-1, keepdim=True)
     low, high = sums.aminmax()
     if not (low > SUMS[0] and high < SUMS[1]):
-        shifted = scores()
+        shifted = scores(query, key, mask)
         weights = shifted.sub_(shifted.amax(-1, keepdim=True)).exp_()
         sums = weights.sum(-1, keepdim=True)
     return weights, sums
