@@ -96,12 +96,12 @@ class Layout:
         """-inf where nothing is looked at, else 0, for scores [key heads x texts, shared x width, width]."""
         key = (group.start, key_heads, shared * causal)
         if key not in self._masks:
-            mask = None if group.mask is None else group.mask.repeat(key_heads, 1, 1)
             if causal:  # padding follows the text, so that no token of it looks there
                 shape = (group.width, group.width)
                 later = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.source.device).triu_(1)
-                mask = later.repeat(shared, 1)[None]
-            self._masks[key] = mask
+                self._masks[key] = later.repeat(shared, 1)[None]
+            else:
+                self._masks[key] = None if group.mask is None else group.mask.repeat(key_heads, 1, 1)
         return self._masks[key]
 
 
