@@ -135,6 +135,21 @@ def probe_rows(vocabulary: int, step: int) -> list[list[int]]:
     return [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
 
 
+def padded_rows(starts: Sequence[int], lengths: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of parts that are padded to `width` with the first row of each.
+
+    Args:
+        starts: First row of each part.
+        lengths: Rows of each part.
+
+    Returns:
+        Rows, long [parts, width]; whether they are no padding, bool [parts, width].
+    """
+    first, inside = torch.tensor(starts)[:, None], torch.arange(width)
+    real = inside < torch.tensor(lengths)[:, None]
+    return torch.where(real, first + inside, first), real
+
+
 def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Layout:
     """The layout of texts of these lengths, one after the other."""
     starts = [0]
@@ -146,8 +161,7 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
             alike.setdefault(rounded(length, 8, 16), []).append(text)
     groups, sources, reals, places = [], [], [], 0
     for width, texts in alike.items():
-        first, inside = torch.tensor([starts[text] for text in texts])[:, None], torch.arange(width)
-        real = inside < torch.tensor([lengths[text] for text in texts])[:, None]
+        source, real = padded_rows([starts[text] for text in texts], [lengths[text] for text in texts], width)
         count = rounded(len(texts), 1, 16)
         spare = (0, 0, 0, count - len(texts))
         mask = None
@@ -155,7 +169,7 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
             mask = torch.zeros(real.shape, dtype=dtype).masked_fill_(~real, -torch.inf)
             mask = torch.nn.functional.pad(mask, spare)[:, None].to(device)
         groups.append(Group(count, width, places, mask))
-        sources.append(torch.nn.functional.pad(torch.where(real, first + inside, first), spare).flatten())
+        sources.append(torch.nn.functional.pad(source, spare).flatten())
         reals.append(torch.nn.functional.pad(real, spare).flatten())
         places += count * width
     return Layout(
