@@ -6,7 +6,8 @@ padded to the longest of them.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -116,18 +117,22 @@ class Segments:
         self._room = torch.empty(0, dtype=dtype, device=device)
         self._reading: Reading | None = None
 
-    def set(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> None:
-        """The next batch.
+    @contextmanager
+    def batch(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> Iterator[None]:
+        """The batch that is computed inside this block; let go of at its end.
 
         Args:
             parts: (first row, row after the last, update), in order.
         """
+        self._set(rows, parts)
+        try:
+            yield
+        finally:
+            self._set(0, ())
+
+    def _set(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> None:
         self.rows, self._alike = rows, _alike([part for part in parts if part[2].form])
         self._groups, self._reading = {}, None
-
-    def clear(self) -> None:
-        """Let go of the batch."""
-        self.set(0, ())
 
     def reading(self, input: torch.Tensor) -> Reading:
         """What is known of `input`, if it was the last one asked for."""
