@@ -1,15 +1,13 @@
 """Embeddings by models that write texts: one request at a time in a thread of its own, and a few that wait."""
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bento.limits import check_tokens
+from bento.limits import InFlight, check_tokens
 from bento.texts import Writer, unanswerable
 from ft_resources.errors import RequestError
 
@@ -36,10 +34,8 @@ class Embedder:
     """
 
     def __init__(self, most_tokens: int, most_waiting: int = MOST_WAITING) -> None:
-        self._most_tokens, self._most_waiting = most_tokens, most_waiting
+        self._most_tokens, self._in_flight = most_tokens, InFlight(most_waiting, "requests for embeddings")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
-        self._lock = threading.Lock()
-        self._in_flight = 0
 
     def submit(self, writer: Writer, texts: Sequence[str]) -> "Future[Embedded]":
         """Embed `texts` with the writer's adapter. Cancelling the future ends the work after the text it is at.
@@ -50,27 +46,15 @@ class Embedder:
         Raises:
             RequestError: `overloaded` (503).
         """
-        with self._lock:
-            if self._in_flight >= self._most_waiting:
-                raise RequestError(
-                    "overloaded",
-                    f"{self._in_flight} requests for embeddings are on their way already",
-                    status=503,
-                    mend="Try again later, with fewer requests at a time.",
-                )
-            self._in_flight += 1
+        self._in_flight.enter()
         future: Future[Embedded] = Future()
-        future.add_done_callback(self._leave)
+        future.add_done_callback(self._in_flight.leave)
         self._thread.submit(self._embed, future, writer, texts)
         return future
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
         self._thread.shutdown()
-
-    def _leave(self, _: "Future[Any]") -> None:
-        with self._lock:
-            self._in_flight -= 1
 
     def _embed(self, future: "Future[Embedded]", writer: Writer, texts: Sequence[str]) -> None:
         engine, adapter = writer.engine, writer.adapter

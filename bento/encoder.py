@@ -1,6 +1,7 @@
 """An encoder that turns token ids into one vector per text, with another low-rank update for each segment of texts."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from bento.int8 import Int8Weight
 from bento.loading import load_network
 from bento.memory import keep_memory
 from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
-from bento.packing import PACKED, Layout, laid_out, layout
+from bento.packing import PACKED, first_place, laid_out, layout, pack, probe_rows
 from bento.shared_weights import share_weights
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
@@ -46,10 +47,7 @@ class Encoder:
             self._model.pooler = None  # not on the way to the hidden states
         self._attention = self.dtype
         self._pad = int(getattr(self.config, "pad_token_id", None) or 0)
-        embeddings: Any = getattr(self._model, "embeddings", None)
-        # RoBERTa and its kin count positions from the padding token's number on
-        counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
-        self._first_place = int(embeddings.padding_idx) + 1 if counts_on else 0
+        self._first_place = first_place(self._model)
         self.packed = False
         try:
             self.families = families_of(self.layers, self._probe)
@@ -124,30 +122,19 @@ class Encoder:
 
     def _run(self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Update]]) -> torch.Tensor:
         """Last hidden states, text after text: of every token of a pack, or of every place of a padded batch."""
+        states = self._packed(texts, segments) if self.packed else self._padded(texts, segments)
+        return states.view(-1, states.shape[-1])
+
+    def _packed(self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Update]]) -> torch.Tensor:
         lengths = [len(text) for text in texts]
-        ends = [0]
-        for length in lengths:
-            ends.append(ends[-1] + length)
-        if self.packed:
-            how = layout(lengths, self._attention, self.device)
-            self._segments.set(how.tokens, [(ends[start], ends[stop], update) for start, stop, update in segments])
-        else:
-            self._segments.set(len(texts), segments)
-        try:
-            output = self._pack(texts, lengths, how) if self.packed else self._padded(texts, lengths)
-        finally:
-            self._segments.clear()
-        return output.view(-1, output.shape[-1])
+        how, starts = layout(lengths, self._attention, self.device), [0, *accumulate(lengths)]
+        parts = [(starts[first], starts[after], update) for first, after, update in segments]
+        ids, places = pack(texts, self._first_place, self.device)
+        with self._segments.batch(how.tokens, parts), laid_out(how):
+            return self._model(input_ids=ids, position_ids=places).last_hidden_state
 
-    def _pack(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], how: Layout) -> torch.Tensor:
-        spare = [0] * (how.tokens - sum(lengths))
-        ids = torch.tensor([[token for text in texts for token in text] + spare])
-        places = torch.tensor([[place for length in lengths for place in range(length)] + spare]) + self._first_place
-        with laid_out(how):
-            output = self._model(input_ids=ids.to(self.device), position_ids=places.to(self.device))
-        return output.last_hidden_state
-
-    def _padded(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
+    def _padded(self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Update]]) -> torch.Tensor:
+        lengths = [len(text) for text in texts]
         width = max(lengths)
         ids = torch.full((len(texts), width), self._pad, dtype=torch.long)
         for row, text in enumerate(texts):
@@ -155,13 +142,12 @@ class Encoder:
         mask = None
         if min(lengths) < width:
             mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long().to(self.device)
-        return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
+        with self._segments.batch(len(texts), segments):
+            return self._model(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
 
     def _probe(self, step: int = 5) -> torch.Tensor:
-        """Means of two short texts of any tokens; those of the second are `step` apart."""
-        vocabulary = int(self.config.vocab_size)
-        texts = [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
-        return self.pooled(texts, (), ("mean", "mean"))
+        """Means of the two texts of `probe_rows`."""
+        return self.pooled(probe_rows(int(self.config.vocab_size), step), (), ("mean", "mean"))
 
     def _packs(self) -> bool:
         """Whether two texts in a pack get the states they get in a padded batch; leaves the attention that fits."""

@@ -1,9 +1,12 @@
-"""How many requests a caller may send: a token bucket (Turner 1986) per caller; and how large each may be."""
+"""Requests: how many a caller may send, a token bucket (Turner 1986) per caller; how large; how many at a time."""
 
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from bento.auth import Caller
 from ft_resources.errors import RequestError
@@ -21,6 +24,40 @@ def check_tokens(tokens: int, most: int) -> None:
         raise RequestError(
             "input_too_large", f"the request has {tokens:,} tokens", status=413, mend=f"Send at most {most:,} tokens."
         )
+
+
+class InFlight:
+    """Counts requests that are on their way. Safe in any thread.
+
+    Args:
+        most: More than these are refused.
+        what: What they are called.
+    """
+
+    def __init__(self, most: int, what: str = "requests") -> None:
+        self._most, self._what, self._count = most, what, 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        """Count one more.
+
+        Raises:
+            RequestError: `overloaded` (503).
+        """
+        with self._lock:
+            if self._count >= self._most:
+                raise RequestError(
+                    "overloaded",
+                    f"{self._count} {self._what} are on their way already",
+                    status=503,
+                    mend="Try again later, with fewer requests at a time.",
+                )
+            self._count += 1
+
+    def leave(self, _: "Future[Any]") -> None:
+        """Count one less: a callback of the future that answers it."""
+        with self._lock:
+            self._count -= 1
 
 
 @dataclass

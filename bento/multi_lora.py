@@ -6,7 +6,8 @@ padded to the longest of them.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from bento.bf16 import Bf16Weight
 from bento.int8 import Int8Values, Int8Weight, quantise
+from bento.packing import padded_rows
 from bento.shapes import rounded
 from ft_resources.errors import ServiceError
 
@@ -115,18 +117,22 @@ class Segments:
         self._room = torch.empty(0, dtype=dtype, device=device)
         self._reading: Reading | None = None
 
-    def set(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> None:
-        """The next batch.
+    @contextmanager
+    def batch(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> Iterator[None]:
+        """The batch that is computed inside this block; let go of at its end.
 
         Args:
             parts: (first row, row after the last, update), in order.
         """
+        self._set(rows, parts)
+        try:
+            yield
+        finally:
+            self._set(0, ())
+
+    def _set(self, rows: int, parts: Sequence[tuple[int, int, Update]]) -> None:
         self.rows, self._alike = rows, _alike([part for part in parts if part[2].form])
         self._groups, self._reading = {}, None
-
-    def clear(self) -> None:
-        """Let go of the batch."""
-        self.set(0, ())
 
     def reading(self, input: torch.Tensor) -> Reading:
         """What is known of `input`, if it was the last one asked for."""
@@ -325,17 +331,16 @@ def _alike(parts: Sequence[tuple[int, int, Update]]) -> list[list[tuple[int, int
 
 
 def _group(parts: Sequence[tuple[int, int, Update]], per_row: int, rows: int, device: torch.device) -> Group:
-    first = torch.tensor([start * per_row for start, *_ in parts])[:, None]
-    counts = torch.tensor([(stop - start) * per_row for start, stop, _ in parts])[:, None]
-    start, stop, width = int(first[0]), int(first[-1] + counts[-1]), int(counts.max())
+    starts = [start * per_row for start, *_ in parts]
+    lengths = [(stop - start) * per_row for start, stop, _ in parts]
+    start, stop, width = starts[0], starts[-1] + lengths[-1], max(lengths)
     if device.type == "cpu":
         width = rounded(width, 8, 16)
     updates = [update for *_, update in parts]
     if len(parts) == 1:
         return Group(start, stop, min(width, rows - start), None, None, updates)
-    inside = torch.arange(width)
-    there = inside < counts
-    if there.all():
+    if min(lengths) == width:
         return Group(start, stop, width, None, None, updates)
-    source = torch.where(there, first + inside, first).flatten().to(device)
-    return Group(start, stop, width, source, there.flatten().nonzero().flatten().to(device), updates)
+    source, real = padded_rows(starts, lengths, width)
+    places = real.flatten().nonzero().flatten()
+    return Group(start, stop, width, source.flatten().to(device), places.to(device), updates)

@@ -96,18 +96,58 @@ class Layout:
         """-inf where nothing is looked at, else 0, for scores [key heads x texts, shared x width, width]."""
         key = (group.start, key_heads, shared * causal)
         if key not in self._masks:
-            mask = None if group.mask is None else group.mask.repeat(key_heads, 1, 1)
             if causal:  # padding follows the text, so that no token of it looks there
                 shape = (group.width, group.width)
                 later = torch.full(shape, -torch.inf, dtype=self.dtype, device=self.source.device).triu_(1)
-                mask = later.repeat(shared, 1)[None]
-            self._masks[key] = mask
+                self._masks[key] = later.repeat(shared, 1)[None]
+            else:
+                self._masks[key] = None if group.mask is None else group.mask.repeat(key_heads, 1, 1)
         return self._masks[key]
 
 
 def pack_tokens(tokens: int) -> int:
     """Tokens of the pack that holds `tokens`."""
     return rounded(tokens, 8, 32)
+
+
+def pack(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of the pack that holds `rows`, long [1, tokens of the pack] each.
+
+    Args:
+        first: Position of the first token of a row, see `first_place`.
+    """
+    tokens = sum(map(len, rows))
+    spare = pack_tokens(tokens) - tokens
+    ids = [token for row in rows for token in row] + [0] * spare
+    places = [place for row in rows for place in range(first, first + len(row))] + [first] * spare
+    return torch.tensor([ids], device=device), torch.tensor([places], device=device)
+
+
+def first_place(model: Any) -> int:
+    """Position of the first token of a row: RoBERTa and its kin count from the padding token's number on."""
+    embeddings: Any = getattr(model, "embeddings", None)
+    counts_on = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(embeddings.padding_idx) + 1 if counts_on else 0
+
+
+def probe_rows(vocabulary: int, step: int) -> list[list[int]]:
+    """Two short rows of any tokens, to see whether a model can be packed; those of the second are `step` apart."""
+    return [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
+
+
+def padded_rows(starts: Sequence[int], lengths: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of parts that are padded to `width` with the first row of each.
+
+    Args:
+        starts: First row of each part.
+        lengths: Rows of each part.
+
+    Returns:
+        Rows, long [parts, width]; whether they are no padding, bool [parts, width].
+    """
+    first, inside = torch.tensor(starts)[:, None], torch.arange(width)
+    real = inside < torch.tensor(lengths)[:, None]
+    return torch.where(real, first + inside, first), real
 
 
 def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Layout:
@@ -121,8 +161,7 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
             alike.setdefault(rounded(length, 8, 16), []).append(text)
     groups, sources, reals, places = [], [], [], 0
     for width, texts in alike.items():
-        first, inside = torch.tensor([starts[text] for text in texts])[:, None], torch.arange(width)
-        real = inside < torch.tensor([lengths[text] for text in texts])[:, None]
+        source, real = padded_rows([starts[text] for text in texts], [lengths[text] for text in texts], width)
         count = rounded(len(texts), 1, 16)
         spare = (0, 0, 0, count - len(texts))
         mask = None
@@ -130,7 +169,7 @@ def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
             mask = torch.zeros(real.shape, dtype=dtype).masked_fill_(~real, -torch.inf)
             mask = torch.nn.functional.pad(mask, spare)[:, None].to(device)
         groups.append(Group(count, width, places, mask))
-        sources.append(torch.nn.functional.pad(torch.where(real, first + inside, first), spare).flatten())
+        sources.append(torch.nn.functional.pad(source, spare).flatten())
         reals.append(torch.nn.functional.pad(real, spare).flatten())
         places += count * width
     return Layout(
@@ -161,32 +200,34 @@ def gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(0, 1).reshape(-1, tensor.shape[-1]).index_select(0, rows)
 
 
-def exponentials(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(q k^T + mask), up to a factor for each row, and the sums of the rows: their quotient is the softmax.
-
-    Without the search for the largest score of a row it takes half the time of a softmax; it is searched for only
-    where the range of the type would be left.
+def scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """q k^T + mask, [texts, rows, width].
 
     Args:
         query: [texts, rows, width of a head], already scaled.
         key: [texts, width, width of a head].
-        mask: Added to the scores, [texts or 1, rows or 1, width].
+        mask: [texts or 1, rows or 1, width]; None: nothing is added.
+    """
+    keys = key.transpose(1, 2)
+    return torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
+
+
+def exponentials(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp of the `scores` of these, up to a factor for each row, and sums of the rows: their quotient is the softmax.
+
+    Without the search for the largest score of a row it takes half the time of a softmax; it is searched for only
+    where the range of the type would be left.
 
     Returns:
         [texts, rows, width] and [texts, rows, 1].
     """
-
-    def scores() -> torch.Tensor:
-        keys = key.transpose(1, 2)
-        return torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
-
-    weights = scores().exp_()
+    weights = scores(query, key, mask).exp_()
     sums = weights.sum(-1, keepdim=True)
     low, high = sums.aminmax()
     if not (low > SUMS[0] and high < SUMS[1]):
-        shifted = scores()
+        shifted = scores(query, key, mask)
         weights = shifted.sub_(shifted.amax(-1, keepdim=True)).exp_()
         sums = weights.sum(-1, keepdim=True)
     return weights, sums

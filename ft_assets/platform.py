@@ -25,7 +25,7 @@ from datetime import UTC, date, datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ft_assets import lineage
 from ft_assets.evaluation.servable import unserved
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from ft_assets.training.planning.plan import Plan
     from ft_assets.training.reproduce import Reproduction
     from ft_assets.watching import State, Watched
-    from ft_resources.training_runs import Grouping
+    from ft_resources.training_runs import Conditions, Grouping
 
 
 TRAINING_ASSETS = (
@@ -419,28 +419,14 @@ class Platform:
         """The newest report as a self-contained HTML page."""
         return read_report(self.lake, self.tasks.get(task).name)[0].path("report.html")
 
-    def experiments(
-        self,
-        task: str | None = None,
-        *,
-        status: str | None = None,
-        min_accuracy: float | None = None,
-        max_seconds: float | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> "pd.DataFrame":
+    def experiments(self, task: str | None = None, **conditions: "Unpack[Conditions]") -> "pd.DataFrame":
         """Trainings that ended, newest first: what each was made from, took and reached.
 
         Args:
             task: Only those of this task, which need not be declared any more.
-            status: `FINISHED`, `FAILED` or `PRUNED`.
-            min_accuracy: On the validation rows.
-            max_seconds: Of wall time.
-            since: Started then or later; `until`: started before. Aware datetimes.
+            conditions: status, min_accuracy, max_seconds, since, until; see `training_runs.Conditions`.
         """
-        return self.ledger.training_runs(
-            task, status=status, min_accuracy=min_accuracy, max_seconds=max_seconds, since=since, until=until
-        )
+        return self.ledger.training_runs(task, **conditions)
 
     def experiment_statistics(self, by: "Grouping", task: str | None = None) -> "pd.DataFrame":
         """Trainings counted and summed by base model, dataset, ...; see `Ledger.training_statistics`."""

@@ -4,7 +4,7 @@ import math
 import operator
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import pandas as pd
 import sqlalchemy as sa
@@ -93,13 +93,29 @@ class TrainingRun:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+class Conditions(TypedDict, total=False):
+    """What trainings have to fit; None, as what is not given, asks for nothing."""
+
+    status: str | None
+    """`FINISHED`, `FAILED` or `PRUNED`."""
+    min_accuracy: float | None
+    """On the validation rows; runs without one don't fit."""
+    max_seconds: float | None
+    """Of wall time; runs without one don't fit."""
+    since: datetime | None
+    """Started then or later. Aware."""
+    until: datetime | None
+    """Started before. Aware."""
+
+
 def select(
-    task: str | None,
-    status: str | None,
-    min_accuracy: float | None,
-    max_seconds: float | None,
-    since: datetime | None,
-    until: datetime | None,
+    task: str | None = None,
+    *,
+    status: str | None = None,
+    min_accuracy: float | None = None,
+    max_seconds: float | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
 ) -> sa.Select[Any]:
     """The runs that fit every condition that is given, newest first."""
     columns = table.c
@@ -171,26 +187,13 @@ class TrainingRecords(LedgerStore):
             connection.execute(table.delete().where(table.c.run_id == run.run_id))
             connection.execute(table.insert().values(**values))
 
-    def training_runs(
-        self,
-        task: str | None = None,
-        *,
-        status: str | None = None,
-        min_accuracy: float | None = None,
-        max_seconds: float | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> pd.DataFrame:
+    def training_runs(self, task: str | None = None, **conditions: Unpack[Conditions]) -> pd.DataFrame:
         """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
 
         Args:
-            status: `FINISHED`, `FAILED` or `PRUNED`.
-            min_accuracy: On the validation rows; runs without one don't fit.
-            max_seconds: Of wall time; runs without one don't fit.
-            since: Started then or later; `until`: started before. Aware datetimes.
+            conditions: See `Conditions`: status, min_accuracy, max_seconds, since, until.
         """
-        query = select(task, status, min_accuracy, max_seconds, since, until)
-        return frame(self._rows(query))
+        return frame(self._rows(select(task, **conditions)))
 
     def training_statistics(self, by: Grouping, task: str | None = None) -> pd.DataFrame:
         """Trainings counted and summed by a column, most runs first.

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import Request, Response
 
@@ -20,23 +21,25 @@ from ft_resources.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Events:
+class Events(ABC):
     """The events of one stream, as OpenAI's clients read them."""
 
     head: dict[str, Any]
     with_usage: bool
+    prefix: ClassVar[str]
+    """Of the stream's id."""
 
+    @abstractmethod
     def start(self, name: str) -> bytes:
         """Before the first piece of text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, name: str, text: str) -> bytes:
         """A piece of text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, name: str, reason: str) -> bytes:
         """After the last one."""
-        raise NotImplementedError
 
     def usage(self, name: str, usage: Usage) -> bytes:
         return self._event(name, [], usage=usage.model_dump())
@@ -45,10 +48,6 @@ class Events:
         usage = {"usage": None} if self.with_usage else {}
         about = {"id": f"{self.prefix}{name}", **self.head, "prediction_id": name}
         return event(json.dumps({**about, "choices": choices, **usage, **more}, ensure_ascii=False))
-
-    @property
-    def prefix(self) -> str:
-        raise NotImplementedError
 
 
 class ChatEvents(Events):

@@ -24,6 +24,7 @@ from bento.generation.interface import Completion, OnText, Sampling
 from bento.generation.limits import check
 from bento.generation.manifest import GenerationManifest, read_generation_manifest
 from bento.generation.prompts import Prompting
+from bento.limits import InFlight
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import RequestError, ServiceError
 
@@ -99,7 +100,7 @@ class VllmGenerator(Prompting):
         self._adapters: dict[str, HandedOver] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._most_waiting, self._in_flight = most_waiting, 0
+        self._in_flight = InFlight(most_waiting)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -152,18 +153,10 @@ class VllmGenerator(Prompting):
     ) -> VllmGeneration:
         """See `interface.TextGenerator`. What vLLM refuses fails the answer."""
         check(ids, sampling, self.context)
-        with self._lock:
-            if self._in_flight >= self._most_waiting:
-                raise RequestError(
-                    "overloaded",
-                    f"{self._in_flight} requests are on their way already",
-                    status=503,
-                    mend="Try again later, with fewer requests at a time.",
-                )
-            self._in_flight += 1
+        self._in_flight.enter()
         answer = self._answer(list(ids), adapter, sampling, on_text)
         future = asyncio.run_coroutine_threadsafe(answer, self._loop)
-        future.add_done_callback(self._leave)
+        future.add_done_callback(self._in_flight.leave)
         return VllmGeneration(future)
 
     def close(self) -> None:
@@ -171,10 +164,6 @@ class VllmGenerator(Prompting):
         self._loop.call_soon_threadsafe(self._engine.shutdown)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-
-    def _leave(self, _: "Future[Completion]") -> None:
-        with self._lock:
-            self._in_flight -= 1
 
     def _wait(self, started: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(started, self._loop).result()

@@ -1,8 +1,8 @@
 """Who is let in, and as whom: keys of the environment and of a real ledger, tokens, this machine."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,11 +52,17 @@ def doors(ledger: Ledger | None = None, mode: Any = "auto", **tokens: Any) -> Do
     return keeper
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+class ToldOf(KeyRing):
+    """A ring that says when it has read its keys."""
+
+    def __init__(self, ledger: Ledger, every: float) -> None:
+        super().__init__(ledger, every)
+        self.read = threading.Condition()
+
+    def refresh(self) -> None:
+        with self.read:
+            super().refresh()
+            self.read.notify_all()
 
 
 def refused(keeper: Doorkeeper, headers: dict[bytes, bytes], client: str | None = OUTSIDE) -> str:
@@ -157,12 +163,14 @@ def test_a_revoked_and_an_expired_key_open_nothing(ledger: Ledger) -> None:
 
 def test_keys_are_read_again_and_again_whatever_else_the_service_does(ledger: Ledger) -> None:
     shown = add(ledger, "shop").encode()
-    ring = KeyRing(ledger, every=0.001)
+    ring = ToldOf(ledger, every=0.001)
     ring.watcher.start()
     try:
-        until(lambda: ring.find(shown) is not None)
+        with ring.read:
+            assert ring.read.wait_for(lambda: ring.find(shown) is not None, 10)
         ledger.revoke_key("shop", "test")
-        until(lambda: ring.find(shown) is None)
+        with ring.read:
+            assert ring.read.wait_for(lambda: ring.find(shown) is None, 10)
         assert ring.watcher.alive
     finally:
         ring.watcher.stop()

@@ -17,6 +17,7 @@ from bento.encoder import Encoder
 from bento.engine import Engine
 from bento.int8 import Int8Weight, int8_gap, quantise
 from bento.packing import exponentials, layout
+from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 from tests.bento.writers import while_a_model_loads
 
@@ -52,12 +53,28 @@ def folders(workshop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
-@pytest.fixture(scope="module")
-def engine(workshop: Any, folders: dict[str, Path]) -> Engine:
-    engine = Engine(workshop.base, precision="fp32", device="cpu")
+def loaded(base: BaseModel, precision: str, folders: dict[str, Path]) -> Engine:
+    engine = Engine(base, precision=precision, device="cpu")
     for digest, folder in folders.items():
         engine.load(digest, folder)
     return engine
+
+
+@pytest.fixture(scope="module")
+def engine(workshop: Any, folders: dict[str, Path]) -> Engine:
+    return loaded(workshop.base, "fp32", folders)
+
+
+@pytest.fixture(scope="module")
+def bf16(workshop: Any, folders: dict[str, Path]) -> Engine:
+    return loaded(workshop.base, "bf16", folders)
+
+
+@pytest.fixture(scope="module")
+def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
+    if int8_gap(pick_device("cpu")):
+        pytest.skip(int8_gap(pick_device("cpu")))
+    return loaded(workshop.base, "int8", folders)
 
 
 def probabilities(engine: Engine, digest: str, texts: tuple[str, ...]) -> np.ndarray:
@@ -152,30 +169,12 @@ def test_a_text_encoded_before_the_unload_is_still_answered(
         engine.load(A, folders[A])
 
 
-@pytest.fixture(scope="module")
-def bf16(workshop: Any, folders: dict[str, Path]) -> Engine:
-    engine = Engine(workshop.base, precision="bf16", device="cpu")
-    for digest, folder in folders.items():
-        engine.load(digest, folder)
-    return engine
-
-
 def test_bf16_agrees_with_fp32_on_labels(workshop: Any, engine: Engine, bf16: Engine) -> None:
     exact, rounded = probabilities(engine, A, workshop.texts), probabilities(bf16, A, workshop.texts)
     clear = np.abs(exact[:, 0] - 0.5) > 0.1
     assert clear.sum() >= 3
     assert (exact.argmax(1) == rounded.argmax(1))[clear].all()
     assert np.abs(exact - rounded).max() < 0.1
-
-
-@pytest.fixture(scope="module")
-def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
-    if int8_gap(pick_device("cpu")):
-        pytest.skip(int8_gap(pick_device("cpu")))
-    engine = Engine(workshop.base, precision="int8", device="cpu")
-    for digest, folder in folders.items():
-        engine.load(digest, folder)
-    return engine
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

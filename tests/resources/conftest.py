@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for the session, and an empty database of each kind for a test."""
+"""A real PostgreSQL server for the session, and an empty database of each kind with its ledger for a test."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+
+from ft_resources.ledger import Ledger
 
 PROGRAMS = ("initdb", "pg_ctl")
 
@@ -59,3 +61,18 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield server.set(database=name).render_as_string()
     with engine.connect() as connection:
         connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def ledger(database: str) -> Iterator[Ledger]:
+    opened = Ledger(database)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def sql(database: str) -> Iterator[sa.Engine]:
+    """The database as someone sees it who goes around the ledger."""
+    engine = sa.create_engine(database, poolclass=sa.NullPool)
+    yield engine
+    engine.dispose()

@@ -1,7 +1,6 @@
 """Trainings in the ledger: recorded, filtered, counted; on SQLite and on a real PostgreSQL server."""
 
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,6 @@ from ft_resources.ledger import Ledger
 from ft_resources.training_runs import GROUPINGS, TrainingRun
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-
-
-@pytest.fixture
-def ledger(database: str) -> Iterator[Ledger]:
-    opened = Ledger(database)
-    yield opened
-    opened.close()
 
 
 def run(name: str, **other: Any) -> TrainingRun:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from bento.packing import Layout, gathered
+from bento.packing import Layout, gathered, scores
 
 SEGMENTS, SEGMENTS_LIBRARY = "ft_segments", "ft_segments_library"
 """Names of our attention, and of the library's kernel row by row, for `attn_implementation`."""
@@ -54,9 +54,7 @@ class SegmentAttention(torch.autograd.Function):
         kept = []
         for group in how.groups:
             q, k, v, out = (how.part(each, group, key_heads) for each in (queries, keys, values, output))
-            mask, columns = how.mask(group, key_heads, shared, causal=causal), k.transpose(1, 2)
-            scores = torch.bmm(q, columns) if mask is None else torch.baddbmm(mask, q, columns)
-            kept.append(torch.softmax(scores, -1))
+            kept.append(torch.softmax(scores(q, k, how.mask(group, key_heads, shared, causal=causal)), -1))
             torch.bmm(kept[-1], v, out=out)
         ctx.save_for_backward(queries, keys, values, *kept)
         ctx.how, ctx.scale, ctx.heads, ctx.key_heads = how, scale, heads, key_heads

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul
 from bento.memory import keep_memory
-from bento.packing import layout, pack_tokens
+from bento.packing import first_place, layout, pack, pack_tokens, probe_rows
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.frozen import LowerLayers, layers_of
@@ -64,6 +64,7 @@ class Body:
         if settings.training.gradient_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.inner = getattr(self.network, self.network.base_model_prefix, self.network)
+        self._first_place = first_place(self.inner)
         self.packed = self._packs()
         self._lower: LowerLayers | None = None
         if lower and settings.speed.cache_frozen:
@@ -147,13 +148,8 @@ class Body:
 
     def _forward(self, rows: list[list[int]]) -> torch.Tensor:
         if self.packed:
-            tokens = sum(map(len, rows))
-            spare = [0] * (pack_tokens(tokens) - tokens)
-            ids = torch.tensor([[token for row in rows for token in row] + spare], device=self.device)
-            places = torch.tensor([[place for row in rows for place in range(len(row))] + spare], device=self.device)
-            output: torch.Tensor = self.inner(
-                input_ids=ids, position_ids=places + self._first_place()
-            ).last_hidden_state
+            ids, places = pack(rows, self._first_place, self.device)
+            output: torch.Tensor = self.inner(input_ids=ids, position_ids=places).last_hidden_state
             return output
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -177,11 +173,6 @@ class Body:
         states = flat.new_zeros(*mask.shape, flat.shape[-1])
         states[mask] = flat
         return states
-
-    def _first_place(self) -> int:
-        """RoBERTa and its kin count positions from the padding token's number on."""
-        embeddings: Any = getattr(self.inner, "embeddings", None)
-        return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
     def _looks_elsewhere(self) -> bool:
         """Whether attention is more than a softmax over the whole row: in windows shorter than it, or with a cap."""
@@ -210,11 +201,7 @@ class Body:
 
     def _packs_exactly(self) -> bool:
         """Whether two rows packed give the states of the same rows padded, and the first ones none of the second."""
-        vocabulary = int(self.network.config.vocab_size)
-        rows, others = (
-            [[(7 * at + 11) % vocabulary for at in range(9)], [(step * at + 3) % vocabulary for at in range(5)]]
-            for step in (5, 9)
-        )
+        rows, others = (probe_rows(int(self.network.config.vocab_size), step) for step in (5, 9))
         name = attention.SEGMENTS if self.settings.speed.segment_attention else attention.SEGMENTS_LIBRARY
         self.network.eval()
         try:
