@@ -10,44 +10,26 @@ answer = platform.predict("my-task", ["some text"])[0]
 print(answer.label, platform.trace(answer.prediction_id).rows)
 """
 
-import difflib
-import io
-import os
-import shutil
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ft_assets import lineage
-from ft_assets.evaluation.servable import unserved
+from ft_assets import lineage, task_files
+from ft_assets.daemon import daemon
 from ft_assets.evaluation.stored import Report, read_report
-from ft_assets.release import promotion
-from ft_assets.submitting import Submission, Submissions
-from ft_assets.tasks import FilesSource, Task, TaskFolders
+from ft_assets.home import Home
+from ft_assets.release import decisions
+from ft_assets.runs import TRAINING_ASSETS, Outcome, PlatformBusy, Runs, outcome
+from ft_assets.tasks import Task
 from ft_assets.training import recipes
-from ft_assets.training.continuing import check_incremental
-from ft_assets.training.failures import failed_results
-from ft_assets.training.jobs import ACTOR
-from ft_assets.training.searching import trials as search
-from ft_resources.base_models import resolve as resolve_base
-from ft_resources.environments import REPOSITORY, Environment, ServiceSettings
-from ft_resources.errors import ArtefactError, FtError, GateRefusal, SpecError
-from ft_resources.lake import Lake
-from ft_resources.ledger import Ledger
-from ft_resources.serving import SERVICE, BentoStore, ServerProcess
-from ft_resources.tracking import ModelRegistry
+from ft_resources.environments import Environment, ServiceSettings
+from ft_resources.errors import ArtefactError
+from ft_resources.serving import SERVICE, ServerProcess
 
 if TYPE_CHECKING:
-    import dagster as dg
     import pandas as pd
 
     from bento.request_log import Prediction
@@ -60,60 +42,15 @@ if TYPE_CHECKING:
     from ft_assets.watching import State, Watched
     from ft_resources.training_runs import Conditions, Grouping
 
-
-TRAINING_ASSETS = (
-    "raw_dataset",
-    "clean_dataset",
-    "train_split",
-    "validation_split",
-    "test_split",
-    "search_results",
-    "adapter",
-)
-"""Stages 1 and 2: rows to an adapter."""
+__all__ = ["TRAINING_ASSETS", "Outcome", "Platform", "PlatformBusy", "outcome"]
 
 
-class PlatformBusy(FtError):
-    """Another run works on the same partition."""
-
-    code = "busy"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run_id: str
-    succeeded: bool
-    refusals: tuple[str, ...]
-    """Blocking checks that failed, as `asset.check: reason`."""
-    failure: str
-    """What the failed step said; empty without one."""
-    results: Path | None = None
-    """Folder that describes a training that failed: failure.json, logs, curve of resources."""
-    unserved: str = ""
-    """Why the run was to end with what was trained, without evaluation and release; empty where it was not."""
-
-
-def _unserved(task: Task) -> str:
-    settings = recipes.resolve(task).settings
-    return unserved(settings.method, dora=settings.lora.use_dora)
-
-
-class Platform:
+class Platform(Home):
     """One platform home: its tasks, stores, Dagster instance and live releases.
 
     Args:
         environment: Where everything is; `Platform.open` reads it.
     """
-
-    def __init__(self, environment: Environment) -> None:
-        self.environment = environment
-        environment.export()
-        environment.dagster_home.mkdir(parents=True, exist_ok=True)
-        configuration = environment.dagster_home / "dagster.yaml"
-        if not configuration.exists():
-            shutil.copyfile(REPOSITORY / "deployments" / "local" / "dagster.yaml", configuration)
 
     @classmethod
     def open(cls, home: str | Path | None = None) -> "Platform":
@@ -121,41 +58,10 @@ class Platform:
         return cls(Environment.read(home=home))
 
     @cached_property
-    def lake(self) -> Lake:
-        return Lake(self.environment.lake)
-
-    @cached_property
-    def ledger(self) -> Ledger:
-        return Ledger(self.environment.ledger)
-
-    @cached_property
-    def registry(self) -> ModelRegistry:
-        return ModelRegistry(self.environment.mlflow)
-
-    @cached_property
-    def bentos(self) -> BentoStore:
-        return BentoStore(self.environment)
-
-    @cached_property
-    def _submissions(self) -> Submissions:
-        return Submissions(self.environment)
-
-    @cached_property
-    def instance(self) -> "dg.DagsterInstance":
-        """The Dagster instance that the UI and the daemon share."""
-        import dagster as dg
-        from filelock import FileLock
-
-        with FileLock(self.environment.dagster_home / "creation.lock"):  # dagster creates its tables without one
-            instance = dg.DagsterInstance.from_config(str(self.environment.dagster_home))
-            instance.get_run_ids(limit=1)
-        return instance
+    def _runs(self) -> Runs:
+        return Runs(self)
 
     # -- tasks --------------------------------------------------------------------------------------------------
-
-    @property
-    def tasks(self) -> TaskFolders:
-        return TaskFolders(self.environment.task_folders)
 
     def check_task(self, path: str | Path) -> tuple[Task, recipes.Resolved]:
         """Validate a task file with its recipe and base model.
@@ -163,13 +69,7 @@ class Platform:
         Raises:
             SpecError: Naming file, line, field, what was expected and the nearest valid name.
         """
-        task = Task(Path(path))
-        resolved = recipes.resolve(task)
-        recipes.require_published(self.lake, resolved.template, publish=False)
-        search.check_space(task, resolved)
-        check_incremental(task, resolved)
-        resolve_base(resolved.settings.base.model)
-        return task, resolved
+        return task_files.check(self.lake, path)
 
     def add_task(self, path: str | Path) -> Task:
         """Validate a task file, keep a copy in `FT_HOME/tasks` and add its partition.
@@ -179,19 +79,7 @@ class Platform:
         Raises:
             SpecError: As `check_task`; or another file declares a task of that name.
         """
-        task, _ = self.check_task(path)
-        target = self.environment.home / "tasks" / f"{task.name}.yaml"
-        known = self.tasks.load()[0].get(task.name)
-        if known is not None and known.path.resolve() not in (target.resolve(), task.path.resolve()):
-            raise SpecError(
-                f"task '{task.name}' is declared already in {known.path}", where=str(path), mend="Rename it."
-            )
-        if known is None or known.path.resolve() == target.resolve() != task.path.resolve():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(_with_absolute_urls(task), encoding="utf-8")
-        self.instance.add_dynamic_partitions("task", [task.name])
-        self.ledger.audit(self.environment.actor, "add_task", task.name, task.path.name, {})
-        return self.tasks.get(task.name)
+        return task_files.add(self, path)
 
     def published_recipes(self) -> list[recipes.Recipe]:
         """Every published recipe."""
@@ -236,24 +124,7 @@ class Platform:
             SpecError: There is no such task, or no such asset.
             PlatformBusy: Another run works on this task.
         """
-        found = self.tasks.get(task)
-        name = found.name
-        why = "" if only else _unserved(found)
-        if why:
-            only = TRAINING_ASSETS
-        known = _release_assets() if only else []
-        unknown = [asset for asset in only if asset not in known]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
-            raise SpecError(
-                f"there is no asset '{unknown[0]}' on the way to a release",
-                where="only",
-                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
-            )
-        self.instance.add_dynamic_partitions("task", [name])
-        return replace(
-            self._execute("train_and_release", name, only, {"ft/because": because}, show, run_id), unserved=why
-        )
+        return self._runs.materialise(task, only=only, because=because, show=show, run_id=run_id)
 
     def submit(self, task: str, *, only: Sequence[str] = (), because: str = "submitted through the Python API") -> str:
         """Start a run like `materialise` in a process that outlives this one, and return its id at once.
@@ -267,12 +138,7 @@ class Platform:
             SpecError: There is no such task.
             PlatformBusy: Another run works on it.
         """
-        name = self.tasks.get(task).name
-        for one in self._submissions.all():
-            if one.task == name and one.is_here and one.alive:
-                raise self._busy(name, one.run_id)
-        self._require_idle(name)
-        return self._submissions.start(name, only, because).run_id
+        return self._runs.submit(task, only=only, because=because)
 
     def status(self, run: str) -> "State":
         """A run as it is now, also one that was submitted a moment ago.
@@ -285,107 +151,15 @@ class Platform:
         Raises:
             UnknownRun: No run is called so, or several ids start so.
         """
-        submission = self._submissions.find(run)
-        if submission is None:
-            return self.watched(run).read()
-        if not submission.alive:
-            self._bury(submission)
-        begun = self.instance.has_run(submission.run_id)
-        return self.watched(run).read() if begun else _before_it_began(submission)
+        return self._runs.status(run)
 
     def recent(self, most: int = 10) -> "list[State]":
         """The newest runs, those among them that were submitted and have not begun."""
-        from ft_assets.watching import State
-
-        found = [
-            (
-                record.create_timestamp,
-                State(
-                    f"{(run := record.dagster_run).tags.get('dagster/partition', run.job_name)} {run.run_id[:8]}",
-                    run.status.value,
-                    run.is_success if run.is_finished else None,
-                ),
-            )
-            for record in self.instance.get_run_records(limit=most)
-        ]
-        found += [
-            (datetime.fromisoformat(one.submitted), _before_it_began(one))
-            for one in islice(self._submissions.all(), most)
-            if not self.instance.has_run(one.run_id)
-        ]
-        return [state for _, state in sorted(found, key=lambda one: one[0], reverse=True)[:most]]
-
-    def _bury(self, submission: Submission) -> None:
-        """Close the run of a process that ended without doing so: it would keep its task busy for ever."""
-        run = self.instance.get_run_by_id(submission.run_id)
-        if run is not None and not run.is_finished:
-            self.instance.report_run_failed(run, f"its process ended: {submission.last_words()}")
+        return self._runs.recent(most)
 
     def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
         """Compact and judge one day (ISO) of a task's traffic."""
-        from ft_assets.partitions import FIRST_DAY, monitoring_key
-
-        name = self.tasks.get(task).name
-        try:
-            known = FIRST_DAY <= date.fromisoformat(day).isoformat() <= datetime.now(UTC).date().isoformat()
-        except ValueError:
-            known = False
-        if not known:
-            raise SpecError(
-                f"'{day}' is not a day with traffic", where="day", mend=f"Give an ISO day from {FIRST_DAY} to today."
-            )
-        return self._execute("monitor_day", monitoring_key(name, day), (), {}, show)
-
-    def _require_idle(self, key: str) -> None:
-        import dagster as dg
-
-        from ft_assets.automation import ACTIVE
-
-        others = self.instance.get_runs(dg.RunsFilter(statuses=ACTIVE, tags={"dagster/partition": key}), limit=1)
-        if others:
-            raise self._busy(key, others[0].run_id)
-
-    def _busy(self, key: str, run_id: str) -> PlatformBusy:
-        return PlatformBusy(
-            f"run {run_id} of '{key}' is under way",
-            where=str(self.environment.home),
-            mend="Wait for it, or end it in the UI.",
-        )
-
-    def _execute(
-        self,
-        job: str,
-        key: str,
-        only: Sequence[str],
-        tags: dict[str, str],
-        show: "Callable[[Line], None] | None",
-        run_id: str | None = None,
-    ) -> Outcome:
-        import dagster as dg
-
-        from ft_assets.definitions import defs
-        from ft_assets.following import Line, following
-
-        self._require_idle(str(key))
-        run_id, seen = run_id or str(uuid.uuid4()), list[Line]()
-
-        def watch(line: Line) -> None:
-            seen.append(line)
-            if show is not None:
-                show(line)
-
-        with following(self.instance, run_id, watch):
-            result = defs.resolve_job_def(job).execute_in_process(
-                run_id=run_id,
-                partition_key=key,
-                instance=self.instance,
-                tags={ACTOR: self.environment.actor, **tags},
-                asset_selection=[dg.AssetKey(name) for name in only] or None,
-                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                raise_on_error=False,
-            )
-        ended = outcome(run_id, result.success, seen)
-        return ended if ended.succeeded else replace(ended, results=failed_results(self.environment, str(key), run_id))
+        return self._runs.monitor(task, day, show=show)
 
     def watched(self, run: str) -> "Watched":
         """A run to watch: Dagster run id or the start of one, task name (its newest run), or MLflow run id.
@@ -396,18 +170,7 @@ class Platform:
             UnknownRun: No run is called so, or several ids start so; it lists the newest ones. Or a submitted run's
                 process ended before it began.
         """
-        from ft_assets.watching import UnknownRun, Watched
-
-        submission = self._submissions.find(run)
-        while submission is not None and not self.instance.has_run(submission.run_id):
-            if not submission.alive:
-                raise UnknownRun(
-                    f"run {submission.run_id} ended before it began: {submission.last_words()}",
-                    where=str(submission.log),
-                    mend="Mend that and submit again.",
-                )
-            time.sleep(0.2)
-        return Watched(self.environment.mlflow, self.instance, run)
+        return self._runs.watched(run)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -518,24 +281,9 @@ class Platform:
         """Start the service on this home in a process of its own; the caller stops it."""
         return self.bentos.start(SERVICE, home=self.environment.home, port=port)
 
-    @contextmanager
-    def daemon(self) -> Iterator[Path]:
+    def daemon(self) -> AbstractContextManager[Path]:
         """A `dagster-daemon` on this home while the body runs: sensors tick, queued runs start. Yields its log file."""
-        log = self.environment.home / "daemon.log"
-        program = str(Path(sys.executable).with_name("dagster-daemon"))
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [program, "run", "-w", str(REPOSITORY / "workspace.yaml")],
-                cwd=REPOSITORY,
-                env={**os.environ, **self.environment.variables()},
-                stdout=sink,
-                stderr=sink,
-            )
-        try:
-            yield log
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+        return daemon(self.environment)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -583,51 +331,7 @@ class Platform:
         Raises:
             GateRefusal: No reason was given, or the artefacts do not belong together.
         """
-        spec = self.tasks.get(task).spec
-        if not because.strip():
-            raise GateRefusal(
-                "an approval needs a reason", where=f"task {spec.full_name}", mend="Say why with --because."
-            )
-        self._complete(spec.full_name)
-        engine = self.environment.generation_engine
-        candidate = promotion.examine(self.lake, self.ledger, spec, engine=engine)
-        live = self.ledger.live_release(spec.full_name)
-        if live is not None and live["adapter"] == candidate.adapter:
-            raise GateRefusal(
-                f"version {live['model_version']} is live already, nothing was recorded",
-                where=f"approval for {spec.full_name}",
-                mend="There is nothing to overrule.",
-            )
-        self.ledger.approve(
-            task=spec.full_name,
-            adapter=candidate.adapter,
-            report=candidate.report,
-            actor=self.environment.actor,
-            because=because,
-        )
-        release, _ = promotion.release(
-            self.lake, self.ledger, spec, actor=self.environment.actor, because=because, engine=engine
-        )
-        self.registry.set_alias(spec.full_name, "champion", release["model_version"])
-        return release
-
-    def _complete(self, task: str) -> None:
-        """Register and build the newest evaluated adapter: a run that a gate stopped did not get that far.
-
-        Raises:
-            GateRefusal: That failed.
-        """
-        report = self.lake.require(task, "eval_report").digest
-        version, service = self.lake.head(task, "model_version"), self.lake.head(task, "bento_service")
-        if all(made is not None and made.made_from["eval_report"] == report for made in (version, service)):
-            return
-        result = self._execute("train_and_release", task, ("model_version", "bento_service"), {}, None)
-        if not result.succeeded:
-            raise GateRefusal(
-                f"the candidate could not be registered and built: {result.failure or result.refusals}",
-                where=f"approval for {task}",
-                mend="Mend that and approve again.",
-            )
+        return decisions.approve(self, self._runs, task, because=because)
 
     def roll_back(self, task: str, *, to: str | None = None, because: str) -> dict[str, Any]:
         """Make an earlier release's adapter live again.
@@ -635,47 +339,4 @@ class Platform:
         Raises:
             GateRefusal: There is none.
         """
-        name = self.tasks.get(task).name
-        release = promotion.roll_back(
-            self.lake, self.ledger, name, to=to, actor=self.environment.actor, because=because
-        )
-        self.registry.set_alias(name, "champion", release["model_version"])
-        return release
-
-
-def _before_it_began(submission: Submission) -> "State":
-    from ft_assets.watching import State
-
-    name = f"{submission.task} {submission.run_id[:8]}"
-    if submission.alive:
-        return State(name, "SUBMITTED", None)
-    return State(name, f"FAILED before it began: {submission.last_words()}", False)
-
-
-def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
-    """How a run that was followed ended."""
-    refusals = tuple(f"{line.subject}: {line.text}" for line in lines if line.kind == "refused")
-    failure = next((line.text for line in lines if line.kind == "failed"), "")
-    return Outcome(run_id, succeeded and not refusals, refusals, failure)
-
-
-def _release_assets() -> list[str]:
-    """Names of the assets of the job that ends with a release."""
-    from ft_assets.automation import train_and_release
-    from ft_assets.definitions import defs
-
-    return sorted(key.to_user_string() for key in train_and_release.selection.resolve(defs.resolve_asset_graph()))
-
-
-def _with_absolute_urls(task: Task) -> str:
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="rt", pure=True)
-    yaml.width = 1_000_000  # keep every line where it is: errors and origins name lines
-    root = task.file.root
-    for source, spec in zip(root["sources"], task.spec.sources, strict=True):
-        if isinstance(spec, FilesSource) and "://" not in spec.url and not Path(spec.url).is_absolute():
-            source["url"] = str(task.path.parent.resolve() / spec.url)
-    text = io.StringIO()
-    yaml.dump(root, text)
-    return text.getvalue()
+        return decisions.roll_back(self, task, to=to, because=because)
