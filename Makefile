@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 
 export FT_PACKAGE_CACHE ?= $(CURDIR)/.cache/packages
 export PYTHONUNBUFFERED = 1
+# processes that run tests, each whole modules; every one may take 2 GB
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all dev serve check install clean
 
@@ -13,10 +16,10 @@ demo: install
 	$(BIN)/python deployments/local/demo.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: install
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 dev: install
 	$(BIN)/ft dev

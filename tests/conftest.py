@@ -20,6 +20,26 @@ import pytest
 from ft_assets.data.sources import read_sources
 from ft_assets.tasks import Task
 
+FIRST = ("graph/test_gate_bypass.py", "graph/test_texts.py")
+"""Long modules that do not wait for each other; of the rest, those of the graph take the longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first, so that the processes of a test run end at about the same time."""
+
+    def turn(item: pytest.Item) -> tuple[bool, bool]:
+        name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return name not in FIRST, not name.startswith("graph/")
+
+    items.sort(key=turn)
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same in each of its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
 
 @pytest.fixture(scope="session")
 def package_cache() -> Path:

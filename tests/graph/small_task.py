@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ft_assets.platform import Outcome, Platform
+from ft_assets.platform import Platform
 from ft_resources.environments import Environment
 
 TASK = "small-mail"
@@ -39,10 +39,13 @@ monitoring:
 
 @dataclass(frozen=True)
 class Built:
-    """A home whose task is live, and how its run ended."""
+    """A home whose task is live."""
 
     home: Path
-    outcome: Outcome
+    copy: Path
+    """The home without its Dagster instance, as it was when the run ended: nobody opens it."""
+    run_id: str
+    """Of the run that made it so."""
 
 
 def open_home(home: Path) -> Platform:

@@ -10,7 +10,7 @@ import pandas as pd
 from ft_assets.platform import Platform
 from tests.graph.small_task import TASK
 
-PATIENCE_SECONDS = 420
+PATIENCE_SECONDS = 800
 
 
 def wait_for_run(platform: Platform, job: str, wanted: dict[str, str]) -> dg.DagsterRun:
