@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_assets import lineage
-from ft_assets.evaluation.servable import unserved
+from ft_assets.evaluation.servable import PLUGGED, unserved
 from ft_assets.evaluation.stored import Report, read_report
 from ft_assets.release import promotion
 from ft_assets.submitting import Submission, Submissions
@@ -92,12 +92,17 @@ class Outcome:
     results: Path | None = None
     """Folder that describes a training that failed: failure.json, logs, curve of resources."""
     unserved: str = ""
-    """Why the run was to end with what was trained, without evaluation and release; empty where it was not."""
+    """Why the run was to end with what was trained or with its evaluation; empty where it was to end with a release."""
 
 
-def _unserved(task: Task) -> str:
-    settings = recipes.resolve(task).settings
-    return unserved(settings.method, dora=settings.lora.use_dora)
+def _unserved(task: Task) -> tuple[str, Sequence[str]]:
+    """Why the run of a task ends before a release, and the assets it makes until then; empty where it does not."""
+    merged = recipes.resolve(task)
+    if isinstance(merged, recipes.Plugged):
+        return PLUGGED, (*TRAINING_ASSETS, "eval_report")
+    settings = recipes.of_transformers(merged).settings
+    why = unserved(settings.method, dora=settings.lora.use_dora)
+    return why, TRAINING_ASSETS if why else ()
 
 
 class Platform:
@@ -157,8 +162,8 @@ class Platform:
     def tasks(self) -> TaskFolders:
         return TaskFolders(self.environment.task_folders)
 
-    def check_task(self, path: str | Path) -> tuple[Task, recipes.Resolved]:
-        """Validate a task file with its recipe and base model.
+    def check_task(self, path: str | Path) -> tuple[Task, recipes.Merged]:
+        """Validate a task file with its recipe and base model, or plug-in trainer.
 
         Raises:
             SpecError: Naming file, line, field, what was expected and the nearest valid name.
@@ -168,7 +173,10 @@ class Platform:
         recipes.require_published(self.lake, resolved.template, publish=False)
         search.check_space(task, resolved)
         check_incremental(task, resolved)
-        resolve_base(resolved.settings.base.model)
+        if isinstance(resolved, recipes.Plugged):
+            resolved.plugin.packages()
+        else:
+            resolve_base(recipes.of_transformers(resolved).settings.base.model)
         return task, resolved
 
     def add_task(self, path: str | Path) -> Task:
@@ -195,10 +203,10 @@ class Platform:
 
     def published_recipes(self) -> list[recipes.Recipe]:
         """Every published recipe."""
-        return [recipes.load(reference)[1] for reference in recipes.known()]
+        return [recipes.load(reference).recipe for reference in recipes.known()]
 
     def recipe_form(self, name: str, level: "Level" = "basic") -> dict[str, Any]:
-        """The form that fills in a recipe, as JSON Schema; `recipes.from_form` takes what was filled in.
+        """The form that fills in a recipe, as JSON Schema; `forms.from_form` takes what was filled in.
 
         Args:
             name: NAME@VERSION.
@@ -225,7 +233,7 @@ class Platform:
         """Run the graph of one task, from its raw rows to a live release.
 
         What the service cannot serve is trained: the run of a task that asks for full fine-tuning or for DoRA ends with
-        what was trained, and `Outcome.unserved` says why.
+        what was trained, that of a plug-in trainer with its evaluation, and `Outcome.unserved` says why.
 
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.
@@ -238,9 +246,9 @@ class Platform:
         """
         found = self.tasks.get(task)
         name = found.name
-        why = "" if only else _unserved(found)
-        if why:
-            only = TRAINING_ASSETS
+        why = ""
+        if not only:
+            why, only = _unserved(found)
         known = _release_assets() if only else []
         unknown = [asset for asset in only if asset not in known]
         if unknown:
