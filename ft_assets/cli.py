@@ -89,7 +89,12 @@ def recipe_list(home: HomeOption = None) -> None:
     with told():
         table = make_table("recipe", "types", "base model", "description")
         for one in open_platform(home).published_recipes():
-            table.add_row(f"{one.name}@{one.version}", ", ".join(one.types), one.settings.base.model, one.description)
+            table.add_row(
+                f"{one.name}@{one.version}",
+                ", ".join(one.types),
+                one.base_model or f"none: {one.trainer}",
+                one.description,
+            )
         console.print(table)
 
 
@@ -339,7 +344,7 @@ def _verdict(outcome: Any, task: str, home: Path | None) -> None:
     if outcome.succeeded:
         console.print(f"[bold green]done[/bold green] (run {outcome.run_id})")
         if outcome.unserved:
-            console.print(f"  It ends with what was trained: {outcome.unserved}.", markup=False)
+            console.print(f"  It ends before a release: {outcome.unserved}.", markup=False)
         return
     complaints.print(f"[bold red]stopped[/bold red] (run {outcome.run_id})")
     for reason in outcome.refusals:
@@ -350,6 +355,8 @@ def _verdict(outcome: Any, task: str, home: Path | None) -> None:
         complaints.print(f"  What was known when it failed, and what to try: {outcome.results}", markup=False)
     if any(reason.startswith("eval_report.") for reason in outcome.refusals):
         complaints.print(f"  Page: {open_platform(home).report_page(task)}", markup=False)
+        if outcome.unserved:
+            raise typer.Exit(1)
         complaints.print(f"  A person can overrule it: ft release approve {task} --because TEXT", markup=False)
     raise typer.Exit(1)
 

@@ -63,8 +63,8 @@ class Platform(Home):
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def check_task(self, path: str | Path) -> tuple[Task, recipes.Resolved]:
-        """Validate a task file with its recipe and base model.
+    def check_task(self, path: str | Path) -> tuple[Task, recipes.Merged]:
+        """Validate a task file with its recipe and base model, or plug-in trainer.
 
         Raises:
             SpecError: Naming file, line, field, what was expected and the nearest valid name.
@@ -83,10 +83,10 @@ class Platform(Home):
 
     def published_recipes(self) -> list[recipes.Recipe]:
         """Every published recipe."""
-        return [recipes.load(reference)[1] for reference in recipes.known()]
+        return [recipes.load(reference).recipe for reference in recipes.known()]
 
     def recipe_form(self, name: str, level: "Level" = "basic") -> dict[str, Any]:
-        """The form that fills in a recipe, as JSON Schema; `recipes.from_form` takes what was filled in.
+        """The form that fills in a recipe, as JSON Schema; `forms.from_form` takes what was filled in.
 
         Args:
             name: NAME@VERSION.
@@ -113,7 +113,7 @@ class Platform(Home):
         """Run the graph of one task, from its raw rows to a live release.
 
         What the service cannot serve is trained: the run of a task that asks for full fine-tuning or for DoRA ends with
-        what was trained, and `Outcome.unserved` says why.
+        what was trained, that of a plug-in trainer with its evaluation, and `Outcome.unserved` says why.
 
         Args:
             only: Asset names to materialise; empty for all of stages 1 to 4.

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ft_assets.evaluation.servable import unserved
+from ft_assets.evaluation.servable import PLUGGED, unserved
 from ft_assets.home import Home
 from ft_assets.submitting import Submission, Submissions
 from ft_assets.tasks import Task
@@ -54,7 +54,7 @@ class Outcome:
     results: Path | None = None
     """Folder that describes a training that failed: failure.json, logs, curve of resources."""
     unserved: str = ""
-    """Why the run was to end with what was trained, without evaluation and release; empty where it was not."""
+    """Why the run was to end with what was trained or with its evaluation; empty where it was to end with a release."""
 
 
 class Runs:
@@ -76,9 +76,9 @@ class Runs:
         """See `Platform.materialise`."""
         found = self._home.tasks.get(task)
         name = found.name
-        why = "" if only else _unserved(found)
-        if why:
-            only = TRAINING_ASSETS
+        why = ""
+        if not only:
+            why, only = _unserved(found)
         known = _release_assets() if only else []
         unknown = [asset for asset in only if asset not in known]
         if unknown:
@@ -240,9 +240,14 @@ def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
     return Outcome(run_id, succeeded and not refusals, refusals, failure)
 
 
-def _unserved(task: Task) -> str:
-    settings = recipes.resolve(task).settings
-    return unserved(settings.method, dora=settings.lora.use_dora)
+def _unserved(task: Task) -> tuple[str, Sequence[str]]:
+    """Why the run of a task ends before a release, and the assets it makes until then; empty where it does not."""
+    merged = recipes.resolve(task)
+    if isinstance(merged, recipes.Plugged):
+        return PLUGGED, (*TRAINING_ASSETS, "eval_report")
+    settings = recipes.of_transformers(merged).settings
+    why = unserved(settings.method, dora=settings.lora.use_dora)
+    return why, TRAINING_ASSETS if why else ()
 
 
 def _before_it_began(submission: Submission) -> "State":

@@ -13,14 +13,17 @@ from ft_resources.errors import SpecError
 from ft_resources.lake import Lake
 
 
-def check(lake: Lake, path: str | Path) -> tuple[Task, recipes.Resolved]:
+def check(lake: Lake, path: str | Path) -> tuple[Task, recipes.Merged]:
     """See `Platform.check_task`."""
     task = Task(Path(path))
     resolved = recipes.resolve(task)
     recipes.require_published(lake, resolved.template, publish=False)
     search.check_space(task, resolved)
     check_incremental(task, resolved)
-    resolve_base(resolved.settings.base.model)
+    if isinstance(resolved, recipes.Plugged):
+        resolved.plugin.packages()
+    else:
+        resolve_base(recipes.of_transformers(resolved).settings.base.model)
     return task, resolved
 
 

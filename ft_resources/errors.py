@@ -68,6 +68,12 @@ class OutOfMemory(TrainingError):
         self.used, self.total = used, total
 
 
+class PluginError(FtError):
+    """A plug-in trainer failed, or what it made is not what its interface promises."""
+
+    code = "plugin_failed"
+
+
 class EvaluationError(FtError):
     """Evaluation ended without a report."""
 

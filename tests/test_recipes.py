@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from ft_assets.specs import YamlFile
 from ft_assets.tasks import Task
 from ft_assets.training.engine.batching import length_grouped
-from ft_assets.training.recipes import Recipe, Settings, resolve, with_values
+from ft_assets.training.recipes import Settings, load, resolve, with_values
 from ft_assets.training.reporting import flat
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
@@ -158,7 +157,7 @@ def test_a_recipe_that_is_named_otherwise_or_wrong_inside(recipes: Path, write_t
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_that_come_with_the_platform_are_valid_and_named_as_they_say(path: Path) -> None:
-    recipe = YamlFile(path).parse(Recipe)
+    recipe = load(path.stem).recipe
     assert f"{recipe.name}@{recipe.version}" == path.stem
 
 

@@ -1,7 +1,10 @@
 """Putting rows together again from the digests that assets pass on."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
+from ft_resources.errors import TrainingError
 from ft_resources.lake import Lake
 
 
@@ -19,3 +22,18 @@ def split_rows(lake: Lake, split_digest: str) -> pd.DataFrame:
     members = split.parquet("rows.parquet")["row_id"]
     rows = clean.parquet("kept.parquet")
     return rows[rows["row_id"].isin(set(members))].sort_values("row_id", ignore_index=True)
+
+
+def require_labels(training: pd.DataFrame, labels: Sequence[str]) -> None:
+    """Check that there are training rows, and some of every label.
+
+    Raises:
+        TrainingError: There are none, or none of a label.
+    """
+    missing = [label for label in labels if label not in set(training["label"])]
+    if training.empty or missing:
+        raise TrainingError(
+            f"there are no training rows for {missing or list(labels) or 'this task'}",
+            where="train_split",
+            mend="Add labelled rows for them, or remove these labels from the task.",
+        )

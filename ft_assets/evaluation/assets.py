@@ -6,11 +6,12 @@ import dagster as dg
 
 from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.identity import EVALUATOR, environment_of_evaluation
-from ft_assets.evaluation.servable import unserved
+from ft_assets.evaluation.servable import why_unserved
 from ft_assets.evaluation.stored import Report, parse_report
 from ft_assets.materialising import image, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
 from ft_assets.plots import confusion, reliability
+from ft_assets.training.jobs import PLUGIN
 from ft_resources.compute import Compute
 from ft_resources.environments import Environment
 from ft_resources.errors import EvaluationError
@@ -44,8 +45,8 @@ def eval_report(
             name: lake.require(task.name, name).digest
             for name in ("adapter", "train_split", "validation_split", "test_split")
         }
-        about = lake.open(inputs["adapter"]).json("adapter.json")
-        if why := unserved(about["method"], dora=about["settings"]["lora"]["use_dora"]):
+        candidate = lake.open(inputs["adapter"])
+        if PLUGIN not in candidate.made_from and (why := why_unserved(candidate.json("adapter.json"))):
             raise EvaluationError(
                 f"what was trained cannot be served, so it is not evaluated: {why}",
                 where=f"task {task.name}",

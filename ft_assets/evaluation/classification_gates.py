@@ -8,6 +8,7 @@ from ft_assets.evaluation.decision import (
     GateResult,
     SliceLoss,
     no_loss_beyond_chance,
+    not_applicable,
     not_inferior,
     shown,
     thresholds_met,
@@ -79,6 +80,8 @@ def within_latency_budget(report: EvalReport, policy: GatePolicy) -> GateResult:
 def serves_what_was_evaluated(report: EvalReport, policy: GatePolicy) -> GateResult:
     """The serving engine gives the labels that plain peft gives."""
     serving, least = report.serving, policy.min_serving_agreement
+    if serving is None:
+        return not_applicable("What was trained cannot be served; it was measured as its trainer answers.")
     evidence: dict[str, float | str] = {
         "agreement": serving.agreement,
         "least_agreement": least,

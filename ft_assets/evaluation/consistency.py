@@ -142,7 +142,8 @@ def _rest(report: EvalReport) -> Iterator[str]:
         yield f"the reliability bins count {counted} rows of {report.rows}"
     if counted and abs(report.calibration.ece - ece(bins)) > CLOSE:
         yield f"the calibration error is {report.calibration.ece:.4f}, by its bins {ece(bins):.4f}"
-    if report.serving.rows < 0 or report.serving.agreement < 0 or report.serving.agreement > 1:
+    serving = report.serving
+    if serving is not None and (serving.rows < 0 or serving.agreement < 0 or serving.agreement > 1):
         yield "the serving engine agrees on fewer than no rows or on more than all"
     if report.latency.requests < 0 or report.latency.p50_ms > report.latency.p95_ms:
         yield "the latency percentiles are out of order"

@@ -10,6 +10,8 @@ from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.statistics import Interval, holm
 from ft_resources.errors import EvaluationError
 
+SERVING = "serves_what_was_evaluated"
+"""The gate that does not apply to what the service cannot serve."""
 ROUNDING = 1e-12
 """Slack of every comparison with a limit: .1 computed as .8 - .7 is not more than .1."""
 
@@ -65,6 +67,8 @@ class Decision(pydantic.BaseModel):
     def verdict(self) -> str:
         """One sentence for people."""
         if self.passed:
+            if not self.gates[SERVING].applies:
+                return "Keeps what the gates ask; it cannot be served, so there is no release."
             idle = [name for name, result in self.gates.items() if not result.applies]
             if not idle:
                 return f"May be released: all {len(self.gates)} gates pass."

@@ -61,7 +61,7 @@ def choose_engine(
     return engine, Serving(**tried[-1].model_dump(), tried=tried)
 
 
-def engine_of(champion: Artefact, precision: str, device: str, there: Engine) -> Engine:
+def engine_of(champion: Artefact, precision: str, device: str, there: Engine | None) -> Engine:
     """The engine in which the service answers with `champion`; `there` where it is that one.
 
     Args:
@@ -72,7 +72,11 @@ def engine_of(champion: Artefact, precision: str, device: str, there: Engine) ->
         SpecError: Its base model is not on this machine.
     """
     wanted = read_reference(champion.folder)
-    if wanted.base.digest == there.base.digest and served_in(precision, pick_device(device)) == there.precision:
+    if (
+        there is not None
+        and wanted.base.digest == there.base.digest
+        and served_in(precision, pick_device(device)) == there.precision
+    ):
         return there
     engine = BasePool(device=device).engine(wanted, precision)
     assert isinstance(engine, Engine)

@@ -122,7 +122,8 @@ class EvalReport(Part):
     slices: list[Slice]
     calibration: Calibration
     latency: Latency
-    serving: Serving
+    serving: Serving | None
+    """None of what the service cannot serve, as what a plug-in trained."""
     created_from: dict[str, str]
 
 
@@ -136,7 +137,7 @@ def build_report(
     labels: Sequence[str],
     temperature: float,
     latency: Latency,
-    serving: Serving,
+    serving: Serving | None,
     created_from: Mapping[str, str],
     confidence: float = 0.95,
     seed: int = 0,

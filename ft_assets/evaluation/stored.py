@@ -45,7 +45,17 @@ def parse_report(artefact: Artefact) -> Report:
 
 
 def served_precision(report: Report) -> str:
-    """What a release on this report is served in: what everything in it was measured in."""
+    """What a release on this report is served in: what everything in it was measured in.
+
+    Raises:
+        GateRefusal: It was measured in nothing that can be served.
+    """
+    if report.serving is None:
+        raise GateRefusal(
+            "what the report is about cannot be served",
+            where=f"release of {report.task}",
+            mend="Release an adapter: name a recipe without `trainer`.",
+        )
     return report.serving.precision
 
 

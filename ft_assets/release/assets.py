@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from ft_assets.data.assembly import split_rows
+from ft_assets.evaluation.servable import why_unserved
 from ft_assets.evaluation.stored import parse_report, read_report, served_precision
 from ft_assets.materialising import publish, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
@@ -16,6 +17,7 @@ from ft_assets.release import golden, promotion
 from ft_assets.release.model_card import as_markdown, model_card
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import Environment
+from ft_resources.errors import GateRefusal
 from ft_resources.lake import Artefact, Lake, digest_of, short
 from ft_resources.ledger import Ledger
 from ft_resources.serving import BentoStore
@@ -36,6 +38,12 @@ def model_version(
         task = task_named(environment, context.partition_key)
         report_artefact, report = read_report(lake, task.name)
         adapter = lake.open(report.adapter)
+        if why := why_unserved(adapter.json("adapter.json")):
+            raise GateRefusal(
+                f"what was trained cannot be served, so it is not released: {why}",
+                where=f"task {task.name}",
+                mend=f"Read its report: ft report {task.name}. Or train plain LoRA.",
+            )
         run_id = registry.run_of(task.name, digest_of(dict(adapter.made_from)))
         facts = {
             "report": report_artefact.digest,

@@ -15,8 +15,8 @@ from ft_assets.tasks import Task
 from ft_assets.training.continuing import check_incremental, parent_of
 from ft_assets.training.failures import CONFIG, results_folder
 from ft_assets.training.identity import TRAINER
-from ft_assets.training.jobs import inputs_of, job, made_from, trace_record, traced
-from ft_assets.training.recipes import Resolved, require_published, resolve, with_values
+from ft_assets.training.jobs import PLUGIN, inputs_of, job, made_from, trace_record, traced
+from ft_assets.training.recipes import Merged, Plugged, of_transformers, require_published, resolve, with_values
 from ft_assets.training.records import recorded
 from ft_assets.training.relief import relieved
 from ft_assets.training.searching import plots as search_plots
@@ -61,7 +61,7 @@ def search_results(
         def write(folder: Path) -> None:
             found = search.untrained()
             if search.needed(spec):
-                described = search.job(recipe, task, resolved, environment, context.run.run_id)
+                described = search.job(recipe, task, of_transformers(resolved), environment, context.run.run_id)
                 described = traced(described, _trace(context, resolved, "trials.json of search_results"))
                 found = compute.run(context, SEARCH_WORKER, described)
                 for run in search.training_runs(described, found):
@@ -103,7 +103,7 @@ def adapter(
     ledger: dg.ResourceParam[Ledger],
     compute: Compute,
 ) -> dg.MaterializeResult[Any]:
-    """LoRA adapter, head and label map; loads in plain `peft.PeftModel.from_pretrained`."""
+    """LoRA adapter, head and label map; loads in plain `peft.PeftModel.from_pretrained`. Or what a plug-in trained."""
     with typed_failures():
         task = task_named(environment, context.partition_key)
         found = lake.require(task.name, "search_results").json("trials.json")
@@ -120,9 +120,7 @@ def adapter(
                 **_used(report),
                 "best_epoch": history["best_epoch"],
                 **{f"validation_{name}": value for name, value in best.items()},
-                "tokens": history["tokens"],
-                "trainable": f"{history['trainable_parameters']:,} of {history['total_parameters']:,} parameters "
-                f"({history['trainable_parameters'] / history['total_parameters']:.2%})",
+                **_trained(artefact, history),
                 "size_megabytes": sum(entry["size"] for entry in artefact.files.values()) / 1e6,
                 "loss_curve": image(_loss_curve(history), "loss"),
                 "settings": dg.MetadataValue.json(artefact.made_from["settings"]),
@@ -140,12 +138,13 @@ def _made(
     ledger: Ledger,
     environment: Environment,
     task: Task,
-    resolved: Resolved,
+    resolved: Merged,
     inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     """What the adapter is made from, with the adapter that it starts from where the task wants that."""
     require_published(lake, resolved.template)
     check_incremental(task, resolved)
+    search.check_space(task, resolved)
     made = made_from(task, resolved, inputs, environment)
     parent = parent_of(task, made, lake, ledger)
     if task.spec.retraining == "incremental":
@@ -154,10 +153,21 @@ def _made(
     return {**made, "parent": parent} if parent else made
 
 
-def _trace(context: dg.AssetExecutionContext, resolved: Resolved, config: str) -> dict[str, Any]:
+def _trace(context: dg.AssetExecutionContext, resolved: Merged, config: str) -> dict[str, Any]:
     record = context.instance.get_run_record_by_id(context.run.run_id)
     assert record is not None  # it is the run that asks
     return trace_record(resolved, context.run.run_id, context.run.tags, record.create_timestamp, config)
+
+
+def _trained(artefact: Artefact, history: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plug-in trainer is called, or how much of a base model was trained on how many tokens."""
+    if PLUGIN in artefact.made_from:
+        return {"trainer": "{trainer}, version {version}".format_map(artefact.made_from[PLUGIN])}
+    trainable, total = history["trainable_parameters"], history["total_parameters"]
+    return {
+        "tokens": history["tokens"],
+        "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+    }
 
 
 def _used(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def _train(
     compute: Compute,
     environment: Environment,
     task: Task,
-    resolved: Resolved,
+    resolved: Merged,
     inputs: Mapping[str, str],
 ) -> tuple[Artefact, Mapping[str, Any]]:
     """The adapter of these settings and rows, and the worker's report; an empty one when it was made before.
@@ -214,13 +224,13 @@ def _train(
         described = traced(described, _trace(context, resolved, str(folder / CONFIG)))
         try:
             with recorded(ledger, environment, described) as record:
-                report = compute.run(context, WORKER, described, processes=environment.processes)
+                processes = 1 if isinstance(resolved, Plugged) else environment.processes
+                report = compute.run(context, WORKER, described, processes=processes)
                 record(report)
             return lake.open(report["adapter"]), report
         except OutOfMemory as error:
-            changed = relieved(
-                resolved.settings, resolved.settings.base.max_tokens, resolved.settings.training.batch_size
-            )
+            settings = of_transformers(resolved).settings
+            changed = relieved(settings, settings.base.max_tokens, settings.training.batch_size)
             context.log.warning(f"{error} Trained again with {changed}: the same rows per step, in smaller parts.")
             with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
                 (Path(scratch) / "values.json").write_text(json.dumps(changed))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ft_assets.tasks import Task
 from ft_assets.training.jobs import SPLITS
-from ft_assets.training.recipes import Resolved, Settings
+from ft_assets.training.recipes import Merged, Resolved, Settings
 from ft_resources.errors import SpecError
 from ft_resources.lake import Lake, short
 from ft_resources.ledger import Ledger
@@ -26,7 +26,7 @@ SHAPE = (
 """Settings without which the weights of an adapter mean something else, by path."""
 
 
-def check_incremental(task: Task, resolved: Resolved) -> None:
+def check_incremental(task: Task, merged: Merged) -> None:
     """Check that a task that asks for incremental retraining can have it, whatever is live.
 
     Raises:
@@ -34,9 +34,10 @@ def check_incremental(task: Task, resolved: Resolved) -> None:
     """
     if task.spec.retraining == "full":
         return
-    if resolved.settings.method != "lora":
+    method = merged.settings.method if isinstance(merged, Resolved) else "of a plug-in trainer"
+    if method != "lora":
         raise SpecError(
-            f"incremental retraining continues an adapter, and method {resolved.settings.method} makes none",
+            f"incremental retraining continues an adapter, and method {method} makes none",
             where=task.file.where(("retraining",)),
             mend="Set method to lora, or retraining to full.",
         )

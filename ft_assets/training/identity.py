@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from ft_assets.training.reporting import expected_device
@@ -17,6 +18,15 @@ TRAINER = source_digest(
     "ft_assets/training/engine",
 )
 """Digest of the trainer's source: other training code makes another adapter."""
+RUNNER = source_digest("ft_assets/training/plugins/running.py")
+"""Digest of what runs a plug-in trainer and measures what it made."""
+
+
+def environment_of_plugin(environment: Environment, packages: Mapping[str, str]) -> dict[str, str]:
+    """Python, processor family and versions of the packages a plug-in trainer computes with; of a pod, its image."""
+    if environment.compute == "kubernetes":
+        return {"image": environment.image}
+    return {**packages, "python": platform.python_version(), "machine": platform.machine()}
 
 
 def environment_of_training(environment: Environment) -> dict[str, str]:

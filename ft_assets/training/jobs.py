@@ -1,16 +1,17 @@
 """What a training worker is told, and what an adapter is made from: the key under which it is found again."""
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from ft_assets.tasks import Task
-from ft_assets.training.identity import TRAINER, environment_of_training
-from ft_assets.training.recipes import Resolved
+from ft_assets.training.identity import RUNNER, TRAINER, environment_of_plugin, environment_of_training
+from ft_assets.training.recipes import Merged, Plugged, of_transformers
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import Environment
 from ft_resources.lake import Lake, digest_of
-from ft_resources.provenance import code
+from ft_resources.provenance import code, provenance
 from ft_resources.tracking import TRAINED_FROM
 
 ACTOR = "ft/actor"
@@ -23,6 +24,8 @@ TRIGGERS = {
 }
 """What starts a run -> the tag of the run that names it."""
 SPLITS = ("train_split", "validation_split")
+PLUGIN = "plugin"
+"""Key in what something was made from: the plug-in trainer that made it. Adapters have none."""
 
 
 def inputs_of(lake: Lake, task: Task) -> dict[str, str]:
@@ -30,31 +33,44 @@ def inputs_of(lake: Lake, task: Task) -> dict[str, str]:
     return {split: lake.require(task.name, split).digest for split in SPLITS}
 
 
-def made_from(task: Task, resolved: Resolved, inputs: Mapping[str, str], environment: Environment) -> dict[str, Any]:
-    """Everything that decides the bytes of an adapter of fresh weights.
+def made_from(task: Task, merged: Merged, inputs: Mapping[str, str], environment: Environment) -> dict[str, Any]:
+    """Everything that decides the bytes of what is trained, from fresh weights.
 
-    One that starts from another adapter's is made from `parent` as well, that one's digest.
+    An adapter that starts from another one's weights is made from `parent` as well, that one's digest.
+
+    Raises:
+        SpecError: The base model is not there, or a package that a plug-in trainer needs.
     """
     spec = task.spec
-    return {
+    shared = {
         **inputs,
         "task": task.name,
         "type": spec.type,
         "labels": spec.labels,
+        "preparation": {"pii": list(spec.cleaning.pii), "max_chars": spec.cleaning.max_chars},
+        "settings": merged.settings.model_dump(mode="json"),
+        "template": merged.template_digest,
+    }
+    if isinstance(merged, Plugged):
+        return {
+            **shared,
+            PLUGIN: merged.plugin.identity,
+            "trainer": RUNNER,
+            "environment": environment_of_plugin(environment, merged.plugin.packages()),
+        }
+    return {
+        **shared,
         "fields": {name: field.model_dump(mode="json") for name, field in spec.fields.items()},
         "field_order": list(spec.fields),  # it is the order of the answer, and canonical JSON keeps none of keys
         "instruction": spec.instruction,
         **({"system": spec.system} if spec.system else {}),
-        "preparation": {"pii": list(spec.cleaning.pii), "max_chars": spec.cleaning.max_chars},
-        "settings": resolved.settings.model_dump(mode="json"),
-        "template": resolved.template_digest,
-        "base": resolve_base(resolved.settings.base.model).digest,
+        "base": resolve_base(of_transformers(merged).settings.base.model).digest,
         "trainer": TRAINER,
         "environment": environment_of_training(environment),
     }
 
 
-def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, dagster_run: str) -> dict[str, Any]:
+def job(made: Mapping[str, Any], merged: Merged, environment: Environment, dagster_run: str) -> dict[str, Any]:
     """What the worker gets.
 
     Args:
@@ -65,8 +81,8 @@ def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, d
         "made_from": dict(made),
         "key": key,
         "trace": {},
-        "origins": dict(resolved.origins),
-        "template": resolved.template,
+        "origins": dict(merged.origins),
+        "template": merged.template,
         "lake": environment.lake,
         "mlflow": environment.mlflow,
         "run_name": f"{made['task']} {dagster_run[:8]}",
@@ -79,14 +95,26 @@ def job(made: Mapping[str, Any], resolved: Resolved, environment: Environment, d
     }
 
 
+def without_lines(origins: Mapping[str, str]) -> dict[str, str]:
+    """Origins of settings without the numbers of lines: a comment more in a task file makes no other adapter."""
+    return {path: re.sub(r":\d+$", "", origin) for path, origin in origins.items()}
+
+
 def traced(job: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """`job` with the trace record of its run, which its MLflow run carries as tags `trace.NAME`."""
     tags = {f"trace.{name}": str(value) for name, value in record.items()}
     return {**job, "trace": dict(record), "tags": {**job["tags"], **tags}}
 
 
+def made_on(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training ran on, who asked for it, and what of both decides the bytes: for its results folder."""
+    made = job["made_from"]
+    plugin = {PLUGIN: made[PLUGIN]} if PLUGIN in made else {}
+    return {**provenance(), "trace": job["trace"], "decisive": made["environment"], **plugin}
+
+
 def trace_record(
-    resolved: Resolved, dagster_run: str, run_tags: Mapping[str, str], submitted: datetime, config: str
+    merged: Merged, dagster_run: str, run_tags: Mapping[str, str], submitted: datetime, config: str
 ) -> dict[str, Any]:
     """Who asked for a run, when, of which code and recipe, and where its merged settings are.
 
@@ -98,8 +126,8 @@ def trace_record(
     commit = code()
     return {
         "job_id": dagster_run,
-        "template": resolved.template,
-        "template_digest": resolved.template_digest,
+        "template": merged.template,
+        "template_digest": merged.template_digest,
         "config": config,
         "commit": commit["commit"],
         "dirty": commit["dirty"],

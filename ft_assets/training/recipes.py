@@ -3,14 +3,15 @@
 import difflib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from ft_assets.specs import Strict, YamlFile
 from ft_assets.tasks import Task, Type
+from ft_assets.training.plugins.interface import Plugin, find
 from ft_resources.environments import RECIPES
 from ft_resources.errors import SpecError
 from ft_resources.lake import Lake, canonical, digest_of
@@ -111,53 +112,93 @@ class Recipe(Strict):
     version: int = Field(ge=1, description="A published version never changes.")
     description: str = Field("", description="One sentence for people.")
     types: list[Type] = Field(min_length=1, description="Task types it trains.")
-    settings: Settings
+    trainer: str = Field(
+        "", description="package.module:Class of a plug-in trainer; default: the platform's own, of adapters."
+    )
+    settings: dict[str, Any] = Field(description="What the trainer is told; the values that a task may override.")
+
+    @property
+    def base_model(self) -> str | None:
+        """Reference of the model below the adapter; a plug-in trainer has none."""
+        return None if self.trainer else str(self.settings["base"]["model"])
 
 
 @dataclass(frozen=True)
-class Resolved:
+class Merged:
     """A recipe merged with a task's overrides."""
 
     template: str
     """NAME@VERSION."""
     template_digest: str
-    settings: Settings
+    settings: Strict
     origins: Mapping[str, str]
     """Dotted path of every value -> `recipe ...`, `task FILE:LINE`, `form`, `search trial N` or `default`."""
 
 
-def resolve(task: Task, folder: Path = RECIPES) -> Resolved:
+@dataclass(frozen=True)
+class Resolved(Merged):
+    """One for the platform's own trainer."""
+
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Plugged(Merged):
+    """One for a plug-in trainer."""
+
+    plugin: Plugin
+
+
+AnyMerged = TypeVar("AnyMerged", bound=Merged)
+
+
+def of_transformers(merged: Merged) -> Resolved:
+    """`merged`, as that of the platform's own trainer.
+
+    Raises:
+        SpecError: It is a plug-in's.
+    """
+    if isinstance(merged, Resolved):
+        return merged
+    raise SpecError(
+        f"recipe {merged.template} is trained by a plug-in, and this is for adapters on a base model",
+        where="recipe",
+        mend="Name a recipe without `trainer` in the task file.",
+    )
+
+
+def resolve(task: Task, folder: Path = RECIPES) -> Merged:
     """The settings `task` trains with, and where each of them comes from.
 
     Raises:
-        SpecError: No such recipe, a recipe for another task type, or an override that the recipe does not know.
+        SpecError: No such recipe, a recipe for another task type, an override that the recipe does not know, or a
+            trainer that is not there or none.
     """
     reference = task.spec.recipe
     where = task.file.where(("recipe",))
-    file, recipe = load(reference, folder, where=where)
-    if task.spec.type not in recipe.types:
+    template = load(reference, folder, where=where)
+    if task.spec.type not in template.recipe.types:
         raise SpecError(
             f"recipe {reference} does not train {task.spec.type}",
             where=where,
-            mend=f"It trains {', '.join(recipe.types)}.",
+            mend=f"It trains {', '.join(template.recipe.types)}.",
         )
-    template = file.values["settings"]
-    merged = _merge(template, task.spec.overrides)
-    settings = task.file.validate(Settings, merged, below=("overrides",))
-    if settings.training.first_epoch_tokens is not None and task.spec.type != "text-classification":
+    merged = merge(template.recipe.settings, task.spec.overrides)
+    settings = task.file.validate(template.model, merged, below=("overrides",))
+    if (
+        isinstance(settings, Settings)
+        and settings.training.first_epoch_tokens is not None
+        and task.spec.type != "text-classification"
+    ):
         raise SpecError(
             f"rows of {task.spec.type} are not cut shorter in the first epoch: their answers stand at the end",
             where=task.file.where(("overrides", "training", "first_epoch_tokens")),
             mend="Leave training.first_epoch_tokens out.",
         )
-    origins = _origins(
-        reference,
-        settings,
-        template,
-        task.spec.overrides,
-        lambda path: f"task {task.path.name}:{task.file.line(('overrides', *path))}",
+    origin = f"task {task.path.name}:"
+    return template.merged(
+        settings, task.spec.overrides, lambda path: f"{origin}{task.file.line(('overrides', *path))}"
     )
-    return Resolved(reference, digest_of(file.values), settings, origins)
 
 
 def known(folder: Path = RECIPES) -> list[str]:
@@ -165,11 +206,38 @@ def known(folder: Path = RECIPES) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load(reference: str, folder: Path = RECIPES, *, where: str = "recipe") -> tuple[YamlFile, Recipe]:
-    """The file of a recipe, and what it says.
+@dataclass(frozen=True)
+class Template:
+    """A recipe that was read and found valid."""
+
+    file: YamlFile
+    recipe: Recipe
+    plugin: Plugin | None
+    settings: Strict
+    """Its own, with the defaults of what it leaves out."""
+
+    @property
+    def model(self) -> type[Strict]:
+        """What settings may hold."""
+        return type(self.settings)
+
+    def merged(self, settings: Strict, given: Mapping[str, Any], origin: Callable[[tuple[str, ...]], str]) -> Merged:
+        """`settings` with their origins; `origin` tells that of a value that `given` has."""
+        reference = f"{self.recipe.name}@{self.recipe.version}"
+        digest = digest_of(self.file.values)
+        origins = _origins(reference, settings, self.recipe.settings, given, origin)
+        if self.plugin is not None:
+            return Plugged(reference, digest, settings, origins, self.plugin)
+        assert isinstance(settings, Settings)  # `model` is it where there is no plug-in
+        return Resolved(reference, digest, settings, origins)
+
+
+def load(reference: str, folder: Path = RECIPES, *, where: str = "recipe") -> Template:
+    """The recipe with this name and version.
 
     Raises:
-        SpecError: There is no such recipe, or its file declares another one.
+        SpecError: There is no such recipe, its file declares another one, its trainer is not there or none, or its
+            settings are not what the trainer takes.
     """
     if reference not in known(folder):
         near = difflib.get_close_matches(reference, known(folder), n=1, cutoff=0.3)
@@ -182,7 +250,17 @@ def load(reference: str, folder: Path = RECIPES, *, where: str = "recipe") -> tu
         raise SpecError(
             f"the file declares {recipe.name}@{recipe.version}", where=str(file.path), mend="Rename the file to match."
         )
-    return file, recipe
+    plugin = None
+    if recipe.trainer:
+        if recipe.types != ["text-classification"]:
+            raise SpecError(
+                f"a plug-in trainer trains text-classification, not {', '.join(recipe.types)}",
+                where=file.where(("types",)),
+                mend="Write types: [text-classification].",
+            )
+        plugin = find(recipe.trainer, where=file.where(("trainer",)))
+    model = plugin.trainer.settings if plugin else Settings
+    return Template(file, recipe, plugin, file.validate(model, recipe.settings, below=("settings",)))
 
 
 PUBLISHED = "recipe"
@@ -198,7 +276,7 @@ def require_published(lake: Lake, reference: str, folder: Path = RECIPES, *, pub
     Raises:
         SpecError: It was changed since.
     """
-    file, _ = load(reference, folder)
+    file = load(reference, folder).file
     first = lake.find(PUBLISHED, {"recipe": reference})
     if first is None:
         if publish:
@@ -214,68 +292,13 @@ def require_published(lake: Lake, reference: str, folder: Path = RECIPES, *, pub
         )
 
 
-BASIC = {
-    "base_model": "base.model",
-    "epochs": "training.epochs",
-    "learning_rate": "training.learning_rate",
-    "rank": "lora.rank",
-    "max_tokens": "base.max_tokens",
-}
-"""Fields of the basic form -> path of the value they set."""
-FORM = "form"
-"""Origin of a value that was filled in."""
-
-
-def from_form(reference: str, values: Mapping[str, Any], folder: Path = RECIPES) -> Resolved:
-    """A recipe merged with what was filled in.
-
-    Args:
-        values: Fields of the basic form by name, or sections of the advanced form, nested as `Settings`.
-
-    Raises:
-        SpecError: There is no such recipe, a field that is in neither form, or a value that is not allowed.
-    """
-    file, _ = load(reference, folder)
-    template = file.values["settings"]
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        *above, leaf = BASIC[name].split(".") if name in BASIC else [name]
-        nested = {leaf: value}
-        for parent in reversed(above):
-            nested = {parent: nested}
-        given = _merge(given, nested)
-    try:
-        settings = Settings.model_validate(_merge(template, given))
-    except ValidationError as error:
-        raise _refused(error, known_fields=[*BASIC, *Settings.model_fields]) from None
-    origins = _origins(reference, settings, template, given, lambda _: FORM)
-    return Resolved(reference, digest_of(file.values), settings, origins)
-
-
-def _refused(error: ValidationError, known_fields: list[str]) -> SpecError:
-    """The first complaint about a form, in the words of `SpecError`."""
-    first = error.errors()[0]
-    path = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return SpecError(
-            f"field '{path}' is {first['input']!r}: {first['msg']}", where=FORM, mend="Fill in another value."
-        )
-    names = known_fields
-    if len(first["loc"]) > 1:
-        section = Settings.model_fields[str(first["loc"][0])].annotation
-        names = sorted(section.model_fields) if isinstance(section, type) and issubclass(section, Strict) else []
-    near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'? " if near else ""
-    return SpecError(f"field '{path}' is not known", where=FORM, mend=f"{hint}Known there: {', '.join(names)}.")
-
-
-def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> Resolved:
-    """`resolved` with some dotted paths replaced, as a search trial does.
+def with_values(merged: AnyMerged, values: Mapping[str, Any], origin: str) -> AnyMerged:
+    """`merged` with some dotted paths replaced, as a search trial does.
 
     Raises:
         SpecError: A value is not allowed there.
     """
-    tree = resolved.settings.model_dump()
+    tree = merged.settings.model_dump()
     for path, value in values.items():
         *parents, leaf = path.split(".")
         node = tree
@@ -283,7 +306,7 @@ def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> R
             node = node[parent]
         node[leaf] = value
     try:
-        settings = Settings.model_validate(tree)
+        settings = type(merged.settings).model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         raise SpecError(
@@ -291,17 +314,12 @@ def with_values(resolved: Resolved, values: Mapping[str, Any], origin: str) -> R
             where=origin,
             mend="Correct what the search may choose from.",
         ) from None
-    return Resolved(
-        resolved.template,
-        resolved.template_digest,
-        settings,
-        {**resolved.origins, **dict.fromkeys(values, origin)},
-    )
+    return replace(merged, settings=settings, origins={**merged.origins, **dict.fromkeys(values, origin)})
 
 
 def _origins(
     reference: str,
-    settings: Settings,
+    settings: Strict,
     template: Mapping[str, Any],
     given: Mapping[str, Any],
     origin: Callable[[tuple[str, ...]], str],
@@ -317,11 +335,12 @@ def _origins(
     }
 
 
-def _merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def merge(template: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`template` with the values of `overrides` in their places; nested mappings are merged."""
     merged = dict(template)
     for key, value in overrides.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

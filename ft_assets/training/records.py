@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ft_assets.training.failures import FAILURE, failure_of, results_folder, write_results
+from ft_assets.training.jobs import PLUGIN, made_on
 from ft_assets.training.planning.prices import cost
 from ft_resources.compute import WorkerDied
 from ft_resources.environments import Environment
 from ft_resources.errors import FtError, SpecError
 from ft_resources.ledger import Ledger
-from ft_resources.provenance import provenance
 from ft_resources.tracking import end_abandoned
 from ft_resources.training_runs import TrainingRun
 from ft_resources.usage import Usage
@@ -54,11 +54,17 @@ def _identity(job: Mapping[str, Any]) -> dict[str, Any]:
         "trained_from": job["key"],
         "training_rows_digest": made["train_split"],
         "validation_rows_digest": made["validation_split"],
-        "base": made["settings"]["base"]["model"],
-        "base_digest": made["base"],
         "template": job["template"],
-        "method": made["settings"]["method"],
+        **_method(made),
     }
+
+
+def _method(made: Mapping[str, Any]) -> dict[str, str]:
+    """How something was trained, and on which base model; a plug-in trainer's class is its method, without a base."""
+    if PLUGIN in made:
+        return {"base": "none", "base_digest": "", "method": made[PLUGIN]["trainer"].rpartition(":")[2][:32]}
+    settings = made["settings"]
+    return {"base": settings["base"]["model"], "base_digest": made["base"], "method": settings["method"]}
 
 
 def _cost(usage: Usage, report: Mapping[str, Any], environment: Environment) -> float | None:
@@ -85,7 +91,7 @@ def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[
         device=report["device"],
         precision=report["precision"],
         rows=report["rows"],
-        tokens=history["tokens"],
+        tokens=history.get("tokens"),
         steps=len(history["loss"]),
         cost=_cost(Usage(**usage), report, environment),
         accuracy=best.get("accuracy"),
@@ -110,6 +116,6 @@ def _write_for(environment: Environment, job: Mapping[str, Any], error: WorkerDi
         log=str(error),
         usage=None,
         curve=None,
-        provenance={**provenance(), "trace": job["trace"]},
+        provenance=made_on(job),
         failure=failure_of(error),
     )

@@ -42,7 +42,6 @@ class Reporter:
         lost = f"{training.cut} cut to {settings.base.max_tokens} tokens, {training.dropped} dropped"
         log.say(f"{len(training.examples)} training rows, {lost}; the longest has {training.longest}", force=True)
         if tracked:
-            commit = code()
             steps = steps_per_epoch(len(training.examples), settings.training.batch_size)
             tracked.params(
                 {
@@ -52,8 +51,7 @@ class Reporter:
                     "rows_cut": training.cut,
                     "steps": steps * settings.training.epochs,
                     "epochs": settings.training.epochs,
-                    "code_commit": commit["commit"],
-                    "code_dirty": commit["dirty"],
+                    **tracked_code(),
                 }
             )
 
@@ -80,6 +78,12 @@ class Reporter:
             self._tracked.metrics({f"validation_{name}": value for name, value in measured.items()}, epoch)
         figures = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
         self._log.say(f"epoch {epoch} on {self._validation} validation rows: {figures}", force=True)
+
+
+def tracked_code() -> dict[str, Any]:
+    """The platform's commit as parameters of an MLflow run."""
+    commit = code()
+    return {"code_commit": commit["commit"], "code_dirty": commit["dirty"]}
 
 
 def expected_device(environment: Environment) -> str:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ft_assets.training.identity import TRAINER, environment_of_training
+from ft_assets.training.identity import RUNNER, TRAINER, environment_of_plugin, environment_of_training
+from ft_assets.training.jobs import PLUGIN
 from ft_assets.training.recipes import Settings
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import ArtefactError
-from ft_resources.lake import Artefact, Lake, short
+from ft_resources.lake import Artefact, Lake, file_hashes, short
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "head.safetensors")
 LOSS_TOLERANCE = 1e-3
@@ -25,14 +26,14 @@ class Reproduction:
 
     adapter: str
     identical: bool
-    """Every tensor has the same bytes."""
+    """Everything that was compared has the same bytes."""
     acceptable: bool
     """Identical, or within the tolerance that the adapter declares."""
     exactness: str
     tensors: Mapping[str, tuple[str, str]]
-    """Name of each tensor that differs -> SHA-256 then and now, 12 digits."""
+    """Name of each tensor, or file, that differs -> SHA-256 then and now, 12 digits."""
     compared: int
-    """Tensors looked at."""
+    """How many were looked at."""
     first_step: int | None
     """The first step after which a trained tensor differed; None when none did or nobody kept the trace."""
     first_tensors: tuple[str, ...]
@@ -40,12 +41,14 @@ class Reproduction:
     largest_loss_difference: float
     changed: Mapping[str, tuple[str, str]]
     """What decides the bytes and is not as it was: name -> then and now. Such as versions of libraries."""
+    things: str = "tensors"
+    """What was compared: tensors, or the files of what a plug-in trained."""
 
     @property
     def verdict(self) -> str:
         """One sentence for people."""
         if self.identical:
-            return f"Reproduced: all {self.compared} tensors have the same bytes."
+            return f"Reproduced: all {self.compared} {self.things} have the same bytes."
         where = (
             f" It first diverged at step {self.first_step}, in {self.first_tensors[0]}"
             + (f" and {len(self.first_tensors) - 1} more" if len(self.first_tensors) > 1 else "")
@@ -56,8 +59,8 @@ class Reproduction:
         because = f" Not as it was: {', '.join(self.changed)}." if self.changed else ""
         held = "within" if self.acceptable else "outside"
         return (
-            f"{len(self.tensors)} of {self.compared} tensors differ.{where}{because} The largest difference of a loss "
-            f"is {self.largest_loss_difference:.2g}, {held} what the adapter declares ({self.exactness})."
+            f"{len(self.tensors)} of {self.compared} {self.things} differ.{where}{because} The largest difference of a "
+            f"loss is {self.largest_loss_difference:.2g}, {held} what the adapter declares ({self.exactness})."
         )
 
 
@@ -81,6 +84,8 @@ def reproduce(
             mend="Give the digest that the asset 'adapter' shows.",
         )
     made = original.made_from
+    if PLUGIN in made:
+        return _of_plugin(lake, environment, original)
     settings = Settings.model_validate(made["settings"])
     base = resolve(settings.base.model)
     if base.digest != made["base"]:
@@ -131,6 +136,43 @@ def reproduce(
     )
 
 
+def _of_plugin(lake: Lake, environment: Environment, original: Artefact) -> Reproduction:
+    """What a plug-in trainer makes of the same rows and settings now, file by file."""
+    from ft_assets.training.plugins.interface import find
+    from ft_assets.training.plugins.running import MODEL, fit, rows_of
+
+    made = original.made_from
+    plugin = find(made[PLUGIN]["trainer"], where=original.uri)
+    settings = plugin.trainer.settings.model_validate(made["settings"])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "trained"
+        history = fit(plugin, rows_of(lake, made), settings, folder, describe={})
+        now = {f"{MODEL}/{name}": digest for name, digest in file_hashes(folder / MODEL).items()}
+    then = {name: entry["sha256"] for name, entry in original.files.items() if name.startswith(f"{MODEL}/")}
+    differing = {
+        name: (then.get(name, "absent")[:12], now.get(name, "absent")[:12])
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    }
+    losses = zip(original.json("training.json")["loss"], history["loss"], strict=False)
+    return Reproduction(
+        adapter=original.digest,
+        identical=not differing,
+        acceptable=not differing,
+        exactness="bit-exact",
+        tensors=differing,
+        compared=len({*then, *now}),
+        first_step=None,
+        first_tensors=(),
+        largest_loss_difference=max(abs(before - after) for before, after in losses),
+        changed=_between(
+            {**made[PLUGIN], "runner": made["trainer"], **made["environment"]},
+            {**plugin.identity, "runner": RUNNER, **environment_of_plugin(environment, plugin.packages())},
+        ),
+        things="files",
+    )
+
+
 def _differing(original: Artefact, folder: Path) -> tuple[dict[str, tuple[str, str]], int]:
     from safetensors.numpy import load_file
 
@@ -170,8 +212,13 @@ def _divergence(lake: Lake, adapter: str, trained: Any) -> tuple[int | None, tup
 
 def _changed(made: Mapping[str, Any], environment: Environment) -> dict[str, tuple[str, str]]:
     """What decides the bytes and differs from then: the trainer's code, versions, device, threads."""
-    then = {"trainer": made["trainer"], **made["environment"]}
-    now = {"trainer": TRAINER, **environment_of_training(environment)}
+    return _between(
+        {"trainer": made["trainer"], **made["environment"]},
+        {"trainer": TRAINER, **environment_of_training(environment)},
+    )
+
+
+def _between(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return {
         name: (then.get(name, "-"), now.get(name, "-"))
         for name in sorted({*then, *now})

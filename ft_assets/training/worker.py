@@ -13,6 +13,8 @@ from typing import Any
 
 from ft_assets.training.failures import RESOURCES, failure_of, results_folder, write_results
 from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
+from ft_assets.training.jobs import PLUGIN, made_on
+from ft_assets.training.plugins.worker import train as train_plugin
 from ft_assets.training.recipes import Settings
 from ft_assets.training.reporting import Log, Reporter, expected_device
 from ft_assets.worker import Progress, is_leader, serve
@@ -32,7 +34,8 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     log = Log(progress)
     if not is_leader():
         return _train(job, None, log)
-    log.say("loading torch, transformers and the base model", force=True)
+    plugged = PLUGIN in job["made_from"]
+    log.say("loading the trainer" if plugged else "loading torch, transformers and the base model", force=True)
     environment, started = Environment.read(), datetime.now(UTC)
     folder = results_folder(environment, job["made_from"]["task"], job["run_name"])
     about = {"config": job["made_from"]["settings"], "origins": job["origins"], "curve": None}
@@ -43,11 +46,12 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 opening = pool.submit(
                     TrackedRun, job["mlflow"], job["made_from"]["task"], job["run_name"], job["tags"], live=meter.now
                 )
-                import ft_assets.training.engine.runs  # noqa: F401
+                if not plugged:
+                    import ft_assets.training.engine.runs  # noqa: F401
 
                 tracked = opening.result()
             with reclaimed_when_idle(IdleWatch(), log.lines, lambda: meter.now().get("gpu_utilisation"), log.warn):
-                report = _train(job, tracked, log)
+                report = train_plugin(job, tracked, log) if plugged else _train(job, tracked, log)
         except BaseException as error:
             if tracked:
                 tracked.finish("FAILED")
@@ -57,20 +61,19 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 metrics={},
                 log=log.lines,
                 usage=meter.total(),
-                provenance={**provenance(), "trace": job["trace"]},
+                provenance=made_on(job),
                 failure=failure_of(error),
             )
             raise
-    usage, made_on = meter.total(), provenance()
+    usage = meter.total()
     metrics = {**report["history"]["validation"][-1], "loss_last_step": report["history"]["loss"][-1]}
-    traced = {**made_on, "trace": job["trace"]}
-    write_results(folder, **about, metrics=metrics, log=log.lines, usage=usage, provenance=traced)
+    write_results(folder, **about, metrics=metrics, log=log.lines, usage=usage, provenance=made_on(job))
     return {
         **report,
         "mlflow_run": tracked.run_id,
         "mlflow_experiment": tracked.experiment_id,
         "usage": asdict(usage),
-        "provenance": made_on,
+        "provenance": provenance(),
         "results": str(folder),
         "started": started.isoformat(),
         "ended": datetime.now(UTC).isoformat(),

@@ -12,7 +12,8 @@ from ft_assets.evaluation.gate import GATES, decide
 from ft_assets.evaluation.policy import GatePolicy
 from ft_assets.evaluation.report import EvalReport
 from ft_assets.evaluation.statistics import Interval
-from ft_resources.errors import EvaluationError
+from ft_assets.evaluation.stored import served_precision
+from ft_resources.errors import EvaluationError, GateRefusal
 
 POLICY = GatePolicy()
 
@@ -38,6 +39,16 @@ def test_a_good_candidate_passes_every_gate_with_a_sentence_each(made):
     assert Decision.model_validate_json(decision.model_dump_json()) == decision
     with pytest.raises(EvaluationError, match="meets_thresholds"):
         decision.gate("meets_treshold")
+
+
+def test_what_cannot_be_served_is_judged_and_never_released(made):
+    report = made.report_of(made.predictions(1200, candidate_right=0.97)).model_copy(update={"serving": None})
+    decision = decide(report, POLICY)
+    assert decision.passed
+    assert decision.gate("serves_what_was_evaluated").word == "n/a"
+    assert "no release" in decision.verdict
+    with pytest.raises(GateRefusal, match="cannot be served"):
+        served_precision(report)
 
 
 @pytest.mark.parametrize(("right", "passed"), [(449, False), (450, True), (451, True)])

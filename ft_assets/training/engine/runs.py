@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 
 from bento.conversation import Field, extraction_messages, load
 from bento.devices import pick_device, pick_dtype
-from ft_assets.data.assembly import split_rows
+from ft_assets.data.assembly import require_labels, split_rows
 from ft_assets.evaluation.calibration import fit_temperature
 from ft_assets.training.engine.body import Body
 from ft_assets.training.engine.checkpoints import Checkpoints
@@ -27,6 +26,7 @@ from ft_assets.training.engine.frozen import layers_of
 from ft_assets.training.engine.learners import ClassLearner, learner_of
 from ft_assets.training.engine.saving import save
 from ft_assets.training.engine.trainer import Step, Trained, Trainer, seeded
+from ft_assets.training.jobs import without_lines
 from ft_assets.training.recipes import Settings
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import Environment
@@ -82,13 +82,7 @@ def tokenise(rows: TaskRows, base: BaseModel, max_tokens: int) -> Data:
     Raises:
         TrainingError: No rows, a label without rows, or no row whose answer fits into `max_tokens`.
     """
-    missing = [label for label in rows.labels if label not in set(rows.training["label"])]
-    if rows.training.empty or missing:
-        raise TrainingError(
-            f"there are no training rows for {missing or list(rows.labels) or 'this task'}",
-            where="train_split",
-            mend="Add labelled rows for them, or remove these labels from the task.",
-        )
+    require_labels(rows.training, rows.labels)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     training = _examples(rows, rows.training, tokenizer, max_tokens, 0)
     if not training.examples:
@@ -199,13 +193,12 @@ def described(
 
     Args:
         template: Name of the recipe and its version.
-        origins: Path of each setting -> where it was set. Without the numbers of lines in the adapter: a comment more
-            in a task file is no other adapter.
+        origins: Path of each setting -> where it was set.
     """
     return {
         "task": made_from["task"],
         "template": template,
-        "origins": {path: re.sub(r":\d+$", "", origin) for path, origin in origins.items()},
+        "origins": without_lines(origins),
         "preparation": made_from["preparation"],
         "exactness": exactness(environment.device),
         **({"parent": made_from["parent"]} if "parent" in made_from else {}),

@@ -28,7 +28,7 @@ from ft_assets.training.planning.workloads import (
     sample_of_splits,
     task_made,
 )
-from ft_assets.training.recipes import Resolved, Settings, resolve
+from ft_assets.training.recipes import Resolved, Settings, of_transformers, resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import SpecError
 from ft_resources.lake import Lake
@@ -108,11 +108,11 @@ def plan(lake: Lake, ledger: Ledger, environment: Environment, task: Task, resol
         resolved: Settings to plan for; default: those of the task file.
 
     Raises:
-        SpecError: The recipe, an override or the base model is wrong.
+        SpecError: The recipe, an override or the base model is wrong; or the recipe is a plug-in trainer's.
         SourceError: There is no split yet and a source cannot be read.
         TrainingError: A label has no rows, no answer fits, or the settings do not fit the base model.
     """
-    settings = (resolved or resolve(task)).settings
+    settings = (resolved or of_transformers(resolve(task))).settings
     rows = rows_of(lake, ledger, environment, task)
     recorded = recorded_runs(lake, ledger, environment, settings)
     methods = [settings.method, *(method for method in METHODS if method != settings.method)]

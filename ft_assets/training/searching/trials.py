@@ -16,7 +16,7 @@ import pydantic
 
 from ft_assets.tasks import SEARCH_PATHS, SearchRange, SearchSpec, Task, Type
 from ft_assets.training import jobs
-from ft_assets.training.recipes import Resolved, Settings, with_values
+from ft_assets.training.recipes import Merged, Plugged, Resolved, Settings, with_values
 from ft_resources.environments import Environment
 from ft_resources.errors import SpecError, TrainingError
 from ft_resources.training_runs import TrainingRun
@@ -128,13 +128,20 @@ class Found:
     """Why there are no more trials."""
 
 
-def check_space(task: Task, resolved: Resolved) -> None:
+def check_space(task: Task, merged: Merged) -> None:
     """Check that the recipe knows what the task's search chooses from, and allows it.
 
     Raises:
-        SpecError: An unknown path, or a value that is not allowed there, with its line.
+        SpecError: An unknown path, or a value that is not allowed there, with its line; or a search with a plug-in
+            trainer.
     """
-    known = sorted(resolved.origins)
+    if isinstance(merged, Plugged) and (needed(task.spec.search) or task.spec.search.dimensions()):
+        raise SpecError(
+            f"a search trains adapters, and recipe {merged.template} is trained by a plug-in",
+            where=task.file.where(("search",)),
+            mend="Leave search out, and override the recipe's settings.",
+        )
+    known = sorted(merged.origins)
     for path, dimension in task.spec.search.dimensions().items():
         shorts = [short for short, long in SEARCH_PATHS.items() if long == path and short in task.file.values["search"]]
         loc: tuple[int | str, ...] = ("search", shorts[0]) if shorts else ("search", "space", path)
@@ -157,7 +164,7 @@ def check_space(task: Task, resolved: Resolved) -> None:
         else:
             values = dict(enumerate(dimension))
         for place, value in values.items():
-            with_values(resolved, {path: value}, task.file.where((*loc, place)))
+            with_values(merged, {path: value}, task.file.where((*loc, place)))
 
 
 def _check_range(path: str, dimension: SearchRange, where: str) -> None:

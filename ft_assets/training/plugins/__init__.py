@@ -1,0 +1,1 @@
+"""Trainers of other frameworks: a class with the interface of `interface.Trainer`, named by a recipe."""
