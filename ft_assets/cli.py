@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_assets import cli_keys, cli_training
+from ft_assets import cli_keys, cli_tracking, cli_training
 from ft_assets.terminal import (
     MARKS,
     HomeOption,
@@ -35,6 +35,7 @@ app.add_typer(task_app, name="task")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(release_app, name="release")
 app.add_typer(cli_keys.app, name="key")
+app.add_typer(cli_tracking.app, name="tracking")
 app.add_typer(cli_training.app)
 Because = Annotated[str, typer.Option("--because", help="Why; recorded with your name.")]
 

@@ -39,6 +39,10 @@ class Environment:
     """`FT_LEDGER`, default SQLite in `FT_HOME/ledger.db`: SQLAlchemy URL."""
     mlflow: str
     """`MLFLOW_TRACKING_URI`, default SQLite in `FT_HOME/mlflow`."""
+    mlflow_database: str
+    """`MLFLOW_BACKEND_STORE_URI`, default `MLFLOW_TRACKING_URI`: SQLAlchemy URL of MLflow's database, for backups."""
+    mlflow_artifacts: str
+    """`MLFLOW_ARTIFACTS_DESTINATION`, default `artifacts` beside a SQLite database: where MLflow's artefacts are."""
     dagster_home: Path
     """`DAGSTER_HOME`, default `FT_HOME/dagster`."""
     task_folders: tuple[Path, ...]
@@ -82,11 +86,14 @@ class Environment:
         get = (os.environ if variables is None else variables).get
         root = Path(home or get("FT_HOME") or ".ft").expanduser().resolve()
         folders = get("FT_TASKS")
+        mlflow = get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(
             home=root,
             lake=_absolute_url(get("FT_LAKE") or str(root / "lake")),
             ledger=get("FT_LEDGER") or f"sqlite:///{root / 'ledger.db'}",
-            mlflow=get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
+            mlflow=mlflow,
+            mlflow_database=get("MLFLOW_BACKEND_STORE_URI") or mlflow,
+            mlflow_artifacts=get("MLFLOW_ARTIFACTS_DESTINATION") or "",
             dagster_home=_absolute(get("DAGSTER_HOME") or root / "dagster"),
             task_folders=tuple(_absolute(part) for part in folders.split(os.pathsep) if part)
             if folders

@@ -47,6 +47,12 @@ class ArtefactError(FtError):
     code = "artefact"
 
 
+class BackupError(FtError):
+    """A backup could not be made, is damaged, or cannot be restored there."""
+
+    code = "backup"
+
+
 class TrainingError(FtError):
     """Training ended without an adapter."""
 

@@ -1,6 +1,5 @@
 """Reading every source of a task into raw rows."""
 
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from ft_assets.data.rows import ROW_COLUMNS, frame
 from ft_assets.data.tables import format_of, read_table
 from ft_assets.tasks import FilesSource, PackageSource, SourceSpec, TaskSpec
 from ft_resources.errors import SourceError
+from ft_resources.folders import read_errors
 
 
 def read_sources(
@@ -87,19 +87,13 @@ def _files(source: FilesSource, layout: Layout, folder: Path) -> pd.DataFrame:
             raise SourceError(
                 "there is no such file", where=file.path, mend="Check the path; it starts at the task file's folder."
             ) from None
-        except _read_errors() as error:
+        except read_errors() as error:
             raise SourceError(
                 f"the file cannot be read: {error}", where=file.path, mend="Check that it can be reached and opened."
             ) from error
         kind = format_of(file.path, source.format)
         parts.append(read_table(content, file.path, kind, layout, source.event_time, source.encoding, "files"))
     return pd.concat(parts, ignore_index=True)
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    """What fsspec raises on reading; it lets the HTTP client's own errors through once that client is in use."""
-    client = sys.modules.get("aiohttp")
-    return (OSError, ValueError, *((client.ClientError,) if client else ()))
 
 
 def _package(source: PackageSource, layout: Layout, cache: Path) -> pd.DataFrame:

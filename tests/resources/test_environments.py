@@ -12,6 +12,7 @@ def test_home_holds_everything_by_default(tmp_path: Path) -> None:
     environment = Environment.read({}, home=tmp_path)
     assert environment.lake == str(tmp_path / "lake")
     assert environment.ledger == f"sqlite:///{tmp_path}/ledger.db"
+    assert environment.mlflow_database == environment.mlflow == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     assert environment.dagster_home == tmp_path / "dagster"
     assert environment.task_folders[-1] == tmp_path / "tasks"
     assert (environment.compute, environment.adapter_memory_mb, environment.api_keys) == ("local", 512, ())
@@ -24,6 +25,8 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
             "FT_LAKE": "s3://bucket/lake",
             "FT_LEDGER": "postgresql+psycopg2://ft@db/ledger",
             "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+            "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg2://ft@db/mlflow",
+            "MLFLOW_ARTIFACTS_DESTINATION": "s3://bucket/mlflow",
             "DAGSTER_HOME": "/dagster",
             "FT_TASKS": os.pathsep.join(["/one", "/two", ""]),
             "FT_PACKAGE_CACHE": "/packages",
@@ -40,6 +43,8 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
     assert environment.lake == "s3://bucket/lake"
     assert environment.ledger == "postgresql+psycopg2://ft@db/ledger"
     assert environment.mlflow == "http://mlflow:5000"
+    assert environment.mlflow_database == "postgresql+psycopg2://ft@db/mlflow"
+    assert environment.mlflow_artifacts == "s3://bucket/mlflow"
     assert environment.dagster_home == Path("/dagster")
     assert environment.task_folders == (Path("/one"), Path("/two"))
     assert environment.packages == Path("/packages")
