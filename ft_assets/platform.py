@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -31,7 +31,7 @@ from ft_assets import lineage
 from ft_assets.evaluation.servable import unserved
 from ft_assets.evaluation.stored import Report, read_report
 from ft_assets.release import promotion
-from ft_assets.submitting import Submission, Submissions
+from ft_assets.submitting import CannotCancel, Submission, Submissions
 from ft_assets.tasks import FilesSource, Task, TaskFolders
 from ft_assets.training import recipes
 from ft_assets.training.continuing import check_incremental
@@ -241,38 +241,67 @@ class Platform:
         why = "" if only else _unserved(found)
         if why:
             only = TRAINING_ASSETS
-        known = _release_assets() if only else []
-        unknown = [asset for asset in only if asset not in known]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
-            raise SpecError(
-                f"there is no asset '{unknown[0]}' on the way to a release",
-                where="only",
-                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
-            )
+        _check_assets(only)
         self.instance.add_dynamic_partitions("task", [name])
         return replace(
             self._execute("train_and_release", name, only, {"ft/because": because}, show, run_id), unserved=why
         )
 
-    def submit(self, task: str, *, only: Sequence[str] = (), because: str = "submitted through the Python API") -> str:
+    def submit(
+        self,
+        task: str,
+        *,
+        only: Sequence[str] = (),
+        because: str = "submitted through the Python API",
+        actor: str | None = None,
+    ) -> str:
         """Start a run like `materialise` in a process that outlives this one, and return its id at once.
 
         Follow it with `status` or `watched`; what it prints is kept in `FT_HOME/submitted/RUN/log.txt`.
 
         Args:
-            only: As of `materialise`; an unknown name ends the run before it begins.
+            only: As of `materialise`.
+            actor: Who asks for it; default whom the environment names.
 
         Raises:
-            SpecError: There is no such task.
+            SpecError: There is no such task (`UnknownTask`), or no such asset.
             PlatformBusy: Another run works on it.
         """
-        name = self.tasks.get(task).name
-        for one in self._submissions.all():
-            if one.task == name and one.is_here and one.alive:
-                raise self._busy(name, one.run_id)
-        self._require_idle(name)
-        return self._submissions.start(name, only, because).run_id
+        name, actor = self.tasks.get(task).name, actor or self.environment.actor
+        _check_assets(only)
+        with self._submissions.turn():
+            for one in self._submissions.all():
+                if one.task == name and one.is_here and one.alive and not self._is_finished(one):
+                    raise self._busy(name, one.run_id)
+            self._require_idle(name)
+            run_id = self._submissions.start(name, only, because, actor).run_id
+        self.ledger.audit(actor, "submit", name, run_id, {"only": list(only), "because": because})
+        return run_id
+
+    def cancel(self, run: str, *, actor: str | None = None) -> "State":
+        """Ask a submitted run to end; what it had made until then stays. It takes seconds: follow it with `status`.
+
+        Args:
+            run: Its id, or the start of one.
+            actor: Who asks for it; default whom the environment names.
+
+        Raises:
+            UnknownRun: As of `watched`.
+            CannotCancel: The run is over, was not submitted, or is a process of another machine.
+        """
+        state, submission, actor = self.status(run), self._submissions.find(run), actor or self.environment.actor
+        if state.succeeded is not None or submission is None:
+            raise CannotCancel(
+                f"run {state.run_id} is over" if submission else f"run {state.run_id} was not submitted",
+                where=f"task {state.task}",
+                mend="There is nothing to cancel." if submission else "End it where it was started, or in the UI.",
+            )
+        begun = self.instance.get_run_by_id(submission.run_id)
+        if begun is not None:
+            self.instance.report_run_canceling(begun, f"Canceled by {actor}.")
+        submission.cancel(actor)
+        self.ledger.audit(actor, "cancel", submission.task, submission.run_id, {})
+        return self.status(submission.run_id)
 
     def status(self, run: str) -> "State":
         """A run as it is now, also one that was submitted a moment ago.
@@ -293,32 +322,40 @@ class Platform:
         begun = self.instance.has_run(submission.run_id)
         return self.watched(run).read() if begun else _before_it_began(submission)
 
-    def recent(self, most: int = 10) -> "list[State]":
-        """The newest runs, those among them that were submitted and have not begun."""
+    def recent(self, most: int = 10, tasks: Collection[str] | None = None) -> "list[State]":
+        """The newest runs, those among them that were submitted and have not begun.
+
+        Args:
+            tasks: Only runs of these.
+        """
+        import dagster as dg
+
         from ft_assets.watching import State
 
-        found = [
-            (
-                record.create_timestamp,
-                State(
-                    f"{(run := record.dagster_run).tags.get('dagster/partition', run.job_name)} {run.run_id[:8]}",
-                    run.status.value,
-                    run.is_success if run.is_finished else None,
-                ),
-            )
-            for record in self.instance.get_run_records(limit=most)
-        ]
+        wanted = dg.RunsFilter(tags={"dagster/partition": sorted(tasks)}) if tasks is not None else None
+        records = self.instance.get_run_records(wanted, limit=most) if tasks is None or tasks else []
+        found = [(record.create_timestamp, State.of(record.dagster_run)) for record in records]
+        submitted = (one for one in self._submissions.all() if tasks is None or one.task in tasks)
         found += [
             (datetime.fromisoformat(one.submitted), _before_it_began(one))
-            for one in islice(self._submissions.all(), most)
+            for one in islice(submitted, most)
             if not self.instance.has_run(one.run_id)
         ]
         return [state for _, state in sorted(found, key=lambda one: one[0], reverse=True)[:most]]
 
+    def _is_finished(self, submission: Submission) -> bool:
+        """Whether its run is over, whose process may take a moment longer."""
+        run = self.instance.get_run_by_id(submission.run_id)
+        return run is not None and run.is_finished
+
     def _bury(self, submission: Submission) -> None:
         """Close the run of a process that ended without doing so: it would keep its task busy for ever."""
         run = self.instance.get_run_by_id(submission.run_id)
-        if run is not None and not run.is_finished:
+        if run is None or run.is_finished:
+            return
+        if submission.canceled_by:
+            self.instance.report_run_canceled(run, f"Canceled by {submission.canceled_by}.")
+        else:
             self.instance.report_run_failed(run, f"its process ended: {submission.last_words()}")
 
     def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
@@ -348,8 +385,8 @@ class Platform:
     def _busy(self, key: str, run_id: str) -> PlatformBusy:
         return PlatformBusy(
             f"run {run_id} of '{key}' is under way",
-            where=str(self.environment.home),
-            mend="Wait for it, or end it in the UI.",
+            where=f"task {key}",
+            mend=f"Wait for it, or end it: ft cancel {run_id[:8]} if it was submitted, else in the UI.",
         )
 
     def _execute(
@@ -421,7 +458,7 @@ class Platform:
 
     def experiments(
         self,
-        task: str | None = None,
+        task: str | Collection[str] | None = None,
         *,
         status: str | None = None,
         min_accuracy: float | None = None,
@@ -432,7 +469,7 @@ class Platform:
         """Trainings that ended, newest first: what each was made from, took and reached.
 
         Args:
-            task: Only those of this task, which need not be declared any more.
+            task: Only those of this task, or of these; they need not be declared any more.
             status: `FINISHED`, `FAILED` or `PRUNED`.
             min_accuracy: On the validation rows.
             max_seconds: Of wall time.
@@ -442,7 +479,7 @@ class Platform:
             task, status=status, min_accuracy=min_accuracy, max_seconds=max_seconds, since=since, until=until
         )
 
-    def experiment_statistics(self, by: "Grouping", task: str | None = None) -> "pd.DataFrame":
+    def experiment_statistics(self, by: "Grouping", task: str | Collection[str] | None = None) -> "pd.DataFrame":
         """Trainings counted and summed by base model, dataset, ...; see `Ledger.training_statistics`."""
         return self.ledger.training_statistics(by, task)
 
@@ -660,10 +697,13 @@ class Platform:
 def _before_it_began(submission: Submission) -> "State":
     from ft_assets.watching import State
 
-    name = f"{submission.task} {submission.run_id[:8]}"
+    of: dict[str, Any] = {"run_id": submission.run_id, "task": submission.task}
+    name, by = f"{submission.task} {submission.run_id[:8]}", submission.canceled_by
     if submission.alive:
-        return State(name, "SUBMITTED", None)
-    return State(name, f"FAILED before it began: {submission.last_words()}", False)
+        return State(name, "CANCELING" if by else "SUBMITTED", None, **of)
+    if by:
+        return State(name, "CANCELED", False, failure=f"canceled by {by} before it began", **of)
+    return State(name, "FAILURE", False, failure=f"it ended before it began: {submission.last_words()}", **of)
 
 
 def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
@@ -671,6 +711,21 @@ def outcome(run_id: str, succeeded: bool, lines: "Sequence[Line]") -> Outcome:
     refusals = tuple(f"{line.subject}: {line.text}" for line in lines if line.kind == "refused")
     failure = next((line.text for line in lines if line.kind == "failed"), "")
     return Outcome(run_id, succeeded and not refusals, refusals, failure)
+
+
+def _check_assets(only: Sequence[str]) -> None:
+    """Raises:
+    SpecError: One of these names is no asset of the job that ends with a release.
+    """
+    known = _release_assets() if only else []
+    unknown = [asset for asset in only if asset not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
+        raise SpecError(
+            f"there is no asset '{unknown[0]}' on the way to a release",
+            where="only",
+            mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
+        )
 
 
 def _release_assets() -> list[str]:

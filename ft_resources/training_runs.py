@@ -2,11 +2,13 @@
 
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
+import pydantic
 import sqlalchemy as sa
 
 from ft_resources.errors import ArtefactError
@@ -24,6 +26,8 @@ class TrainingRun:
 
     The fields from `wall_seconds` to `energy_source` are those of `ft_resources.usage.Usage`.
     """
+
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(use_attribute_docstrings=True)
 
     run_id: str
     """MLflow run id; of a training that died before it had one, its Dagster run id."""
@@ -94,7 +98,7 @@ class TrainingRun:
 
 
 def select(
-    task: str | None,
+    task: str | Collection[str] | None,
     status: str | None,
     min_accuracy: float | None,
     max_seconds: float | None,
@@ -103,9 +107,8 @@ def select(
 ) -> sa.Select[Any]:
     """The runs that fit every condition that is given, newest first."""
     columns = table.c
-    query = sa.select(table).order_by(columns.started.desc(), columns.run_id)
+    query = of_tasks(sa.select(table).order_by(columns.started.desc(), columns.run_id), task)
     for column, compare, given in (
-        (columns.task, operator.eq, task),
         (columns.status, operator.eq, status),
         (columns.accuracy, operator.ge, min_accuracy),
         (columns.wall_seconds, operator.le, max_seconds),
@@ -130,7 +133,14 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return found
 
 
-def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
+def of_tasks(query: sa.Select[Any], task: str | Collection[str] | None) -> sa.Select[Any]:
+    """Only the runs of one task or of several; None: of all."""
+    if task is None:
+        return query
+    return query.where(table.c.task.in_([task] if isinstance(task, str) else sorted(task)))
+
+
+def statistics(by: Grouping, task: str | Collection[str] | None) -> sa.Select[Any]:
     """Runs, how they ended, what they reached and what they took, for each value of a column, most runs first."""
     columns = table.c
     runs = sa.func.count().label("runs")
@@ -138,7 +148,7 @@ def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
     def ended(status: str) -> sa.ColumnElement[int]:
         return sa.func.sum(sa.case((columns.status == status, 1), else_=0)).label(status.lower())
 
-    query = sa.select(
+    query: sa.Select[Any] = sa.select(
         columns[by],
         runs,
         *map(ended, STATUSES),
@@ -152,9 +162,7 @@ def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
         sa.func.sum(columns.cost).label("cost"),
         sa.func.max(columns.started, type_=columns.started.type).label("newest"),
     )
-    if task is not None:
-        query = query.where(columns.task == task)
-    return query.group_by(columns[by]).order_by(runs.desc(), columns[by])
+    return of_tasks(query, task).group_by(columns[by]).order_by(runs.desc(), columns[by])
 
 
 class TrainingRecords(LedgerStore):
@@ -173,7 +181,7 @@ class TrainingRecords(LedgerStore):
 
     def training_runs(
         self,
-        task: str | None = None,
+        task: str | Collection[str] | None = None,
         *,
         status: str | None = None,
         min_accuracy: float | None = None,
@@ -184,6 +192,7 @@ class TrainingRecords(LedgerStore):
         """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
 
         Args:
+            task: One, or several; none of none.
             status: `FINISHED`, `FAILED` or `PRUNED`.
             min_accuracy: On the validation rows; runs without one don't fit.
             max_seconds: Of wall time; runs without one don't fit.
@@ -192,7 +201,7 @@ class TrainingRecords(LedgerStore):
         query = select(task, status, min_accuracy, max_seconds, since, until)
         return frame(self._rows(query))
 
-    def training_statistics(self, by: Grouping, task: str | None = None) -> pd.DataFrame:
+    def training_statistics(self, by: Grouping, task: str | Collection[str] | None = None) -> pd.DataFrame:
         """Trainings counted and summed by a column, most runs first.
 
         Returns:
