@@ -2,17 +2,14 @@
 
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import JSONResponse, RedirectResponse
-from starlette.staticfiles import StaticFiles
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 
 from bento.access import add_access
+from bento.documentation import add_documentation
 from bento.endpoints.openai import add_openai
 from bento.endpoints.predictions import add_predictions
 from bento.refusals import add_handlers
-
-STATIC = "/static_content"
 
 
 def create_app() -> FastAPI:
@@ -30,9 +27,7 @@ def create_app() -> FastAPI:
     for path in ("/livez", "/healthz"):
         app.add_api_route(path, livez, methods=["GET"], include_in_schema=path == "/livez")
     app.add_api_route("/readyz", readyz, methods=["GET"])
-    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
-    app.mount(STATIC, StaticFiles(packages=[("bentoml", "_internal/server/static_content")]))
-    app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
+    add_documentation(app)
     add_access(app)
     add_handlers(app)
     return app
@@ -55,19 +50,3 @@ async def readyz(request: Request) -> JSONResponse:
         content["routes"] = {task: route.revision for task, route in sorted(routes.table.routes.items())}
         content["errors"] = routes.errors
     return JSONResponse(content, status_code=200 if ready else 503)
-
-
-async def docs() -> Response:
-    """Swagger UI from files that BentoML carries, so that it works without a network."""
-    return get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title="Adapter service",
-        swagger_js_url=f"{STATIC}/swagger-ui-bundle.js",
-        swagger_css_url=f"{STATIC}/swagger-ui.css",
-        swagger_favicon_url=f"{STATIC}/favicon-light-32x32.png",
-    )
-
-
-async def index() -> RedirectResponse:
-    """The documentation."""
-    return RedirectResponse("/docs")

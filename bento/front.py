@@ -5,11 +5,11 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bento.auth import Doorkeeper, permit_path
@@ -30,6 +30,9 @@ PROBES = ("/livez", "/healthz", "/readyz")
 READ_SECONDS = 30.0
 """From a request's deadline to the end of an answer that began in time: what the caller has not read then is lost."""
 GONE = 499
+CORS_HEADERS = ("authorization", "content-type", "last-event-id", "traceparent", "x-trace-id", "x-timeout-ms")
+Answer = Callable[[RequestError, str, str], Response]
+"""What is answered for an error, a trace id and a path."""
 
 
 class Front:
@@ -48,6 +51,7 @@ class Front:
         observer: Keeps what is known of a request that is over.
         origins: Sites whose pages may call; `*` for all.
         seconds: Longest time for one request.
+        answer: Writes the answer to a refused request.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Front:
         observer: Observer,
         origins: Sequence[str] = (),
         seconds: float = 300.0,
+        answer: "Answer | None" = None,
     ) -> None:
         self._app, self._own, self._doors, self._limits = app, own, doors, limits
         self._drain, self._observer, self._seconds = drain, observer, seconds
+        self._answer = answer or error_response
         self._room = Room()
         self._entry: ASGIApp = self._serve
         if origins:
@@ -71,7 +77,7 @@ class Front:
                 self._serve,
                 allow_origins=origins,
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type", "traceparent", "x-trace-id", "x-timeout-ms"],
+                allow_headers=CORS_HEADERS,
                 expose_headers=["x-trace-id", "retry-after"],
             )
 
@@ -117,7 +123,7 @@ class Front:
             await self._admit(scope, receive, traced, client, headers, body)
         except RequestError as error:
             state["outcome"] = error.error_code
-            await error_response(error, trace_id, scope["path"])(scope, receive, traced)
+            await self._answer(error, trace_id, scope["path"])(scope, receive, traced)
         finally:
             body.drop()
             self._drain.in_flight -= 1
@@ -231,9 +237,14 @@ def replay(body: bytes, receive: Receive) -> Receive:
 def error_response(error: RequestError, trace_id: str, path: str) -> JSONResponse:
     """The JSON answer to a refused request to `path`."""
     content, status = error_content(error, trace_id, path)
+    return JSONResponse(content, status_code=status, headers=refusal_headers(error))
+
+
+def refusal_headers(error: RequestError) -> dict[str, str]:
+    """Headers of the answer to a refused request: when to come again, and how to say who one is."""
     headers = {}
     if error.retry_after is not None or error.status == 503:
         headers["retry-after"] = str(error.retry_after or 1)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(content, status_code=status, headers=headers)
+    return headers

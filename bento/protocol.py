@@ -14,6 +14,8 @@ MAX_TOKENS = 32_768
 DEFAULT_TOKENS = 256
 TAGS = ("<text>", "<conversation>")
 """Forms of an input; pydantic puts them into the place of a problem."""
+PLACES = ("body", "query", "path", "header")
+"""Where a field may stand; FastAPI puts them first into the place of a problem."""
 LEAVE_OUT = "Leave it out; what is supported is described at /docs."
 
 ErrorCode = Literal[
@@ -58,6 +60,18 @@ def not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("text must not be empty")
     return value
+
+
+def in_utc(value: datetime) -> datetime:
+    """`value` in UTC; without an offset it is taken to be that.
+
+    Raises:
+        ValueError: There is no such time in UTC.
+    """
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("a time between the years 1 and 9999 in UTC") from None
 
 
 Text = Annotated[str, pydantic.AfterValidator(storable)]
@@ -136,12 +150,7 @@ class PredictRequest(Request):
     @pydantic.field_validator("event_time")
     @classmethod
     def _in_utc(cls, value: datetime | None) -> datetime | None:
-        if value is None or value.tzinfo is None:
-            return value if value is None else value.replace(tzinfo=UTC)
-        try:
-            return value.astimezone(UTC)
-        except OverflowError:
-            raise ValueError("a time between the years 1 and 9999 in UTC") from None
+        return None if value is None else in_utc(value)
 
 
 class PredictResult(pydantic.BaseModel):
@@ -329,7 +338,7 @@ def explain(problems: Sequence[Mapping[str, Any]], unknown: ErrorCode = "invalid
     """
     first = problems[0]
     loc = [part for part in first["loc"] if part not in TAGS]
-    loc = loc[1:] if loc[:1] == ["body"] else loc
+    loc = loc[1:] if loc[:1] and loc[0] in PLACES else loc
     where = ".".join(map(str, loc)) or "body"
     kind = first["type"]
     if kind == "json_invalid":

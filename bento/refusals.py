@@ -7,15 +7,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from bento.backend import CallerGone
-from bento.front import error_response
+from bento.front import Answer, error_response
 from bento.protocol import ErrorCode, explain
 from ft_resources.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Let `app` answer every error as `ErrorResponse`."""
+def add_handlers(app: FastAPI, answer: Answer = error_response) -> None:
+    """Let `app` answer every error in one form, by default as `ErrorResponse`."""
+    app.state.answer = answer
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -28,7 +29,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     if error.status >= 500:
         logger.warning("%s trace=%s %s", error.error_code, request.state.trace_id, error.what)
     request.state.outcome = error.error_code
-    return error_response(error, request.state.trace_id, request.url.path)
+    answer: Answer = request.app.state.answer
+    return answer(error, request.state.trace_id, request.url.path)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

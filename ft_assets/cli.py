@@ -149,6 +149,17 @@ def status(
 
 
 @app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(help="Id of a submitted run, or its start.")], home: HomeOption = None
+) -> None:
+    """Ask a run of ft run --detach to end. What it had made stays, and the next run goes on from its checkpoint."""
+    with told():
+        from ft_assets.watching import line
+
+        console.print(line(open_platform(home).cancel(run)), markup=False)
+
+
+@app.command()
 def monitor(
     task: TaskArgument,
     day: Annotated[str, typer.Argument(help="ISO day of the traffic, such as 2002-08-31.")],
@@ -320,6 +331,22 @@ def serve(
     os.chdir(REPOSITORY)
     program = str(Path(sys.executable).with_name("bentoml"))
     os.execv(program, [program, "serve", SERVICE, "--host", host, "--port", str(port)])
+
+
+@app.command()
+def api(
+    port: Annotated[int, typer.Option(help="Port.")] = 3002,
+    host: Annotated[str, typer.Option(help="Address; callers from elsewhere need a key.")] = "127.0.0.1",
+    home: HomeOption = None,
+) -> None:
+    """Serve experiments, runs and adapters over HTTP: submit a run, follow it, cancel it, list what was trained."""
+    with told():
+        from ft_assets.api.server import serve as serve_api
+        from ft_resources.serving import require_free
+
+        platform = open_platform(home)
+        require_free(host, port)
+        serve_api(platform, host, port)
 
 
 @app.command()

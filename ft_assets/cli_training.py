@@ -1,44 +1,14 @@
 """`ft plan`, `reproduce`, `watch` and `experiments`: before, during and after a training."""
 
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ft_assets.grouping import GROUPS, Group, Status
 from ft_assets.terminal import MARKS, HomeOption, TaskArgument, console, make_table, open_platform, told
 
-if TYPE_CHECKING:
-    from ft_resources.training_runs import Grouping
-
 app = typer.Typer()
-
-
-class Status(StrEnum):
-    """How a training ended."""
-
-    finished = "FINISHED"
-    failed = "FAILED"
-    pruned = "PRUNED"
-
-
-class Group(StrEnum):
-    """What trainings are counted by."""
-
-    base = "base"
-    dataset = "dataset"
-    recipe = "recipe"
-    method = "method"
-    task = "task"
-
-
-GROUPS: "dict[Group, Grouping]" = {
-    Group.base: "base",
-    Group.dataset: "training_rows_digest",
-    Group.recipe: "template",
-    Group.method: "method",
-    Group.task: "task",
-}
 
 
 @app.command()

@@ -51,6 +51,7 @@ class Follower:
         self._instance, self._run_id = instance, run_id
         self._cursor: str | None = None
         self._first: float | None = None
+        self._told_why = False
 
     def lines(self) -> Iterator[Line]:
         """Lines of the events since the last call."""
@@ -59,6 +60,7 @@ class Follower:
             for record in batch.records:
                 line = self._line(record.event_log_entry)
                 if line is not None:
+                    self._told_why = self._told_why or line.kind in ("refused", "failed")
                     yield line
             self._cursor = batch.cursor
             if not batch.has_more:
@@ -89,6 +91,8 @@ class Follower:
                 return None  # the check's own line has said why
             text = failure.description if failure else _cause(data.error)
             return Line("failed", event.step_key or "", str(text).strip(), seconds)
+        if kind == "PIPELINE_FAILURE" and not self._told_why:
+            return Line("failed", "", event.message, seconds)
         if kind == "STEP_UP_FOR_RETRY":
             cause = _cause(event.event_specific_data.error)
             return Line("note", event.step_key or "", f"the step failed and is tried again: {cause}", seconds)

@@ -10,7 +10,7 @@ answer = platform.predict("my-task", ["some text"])[0]
 print(answer.label, platform.trace(answer.prediction_id).rows)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import cached_property
@@ -126,19 +126,40 @@ class Platform(Home):
         """
         return self._runs.materialise(task, only=only, because=because, show=show, run_id=run_id)
 
-    def submit(self, task: str, *, only: Sequence[str] = (), because: str = "submitted through the Python API") -> str:
+    def submit(
+        self,
+        task: str,
+        *,
+        only: Sequence[str] = (),
+        because: str = "submitted through the Python API",
+        actor: str | None = None,
+    ) -> str:
         """Start a run like `materialise` in a process that outlives this one, and return its id at once.
 
         Follow it with `status` or `watched`; what it prints is kept in `FT_HOME/submitted/RUN/log.txt`.
 
         Args:
-            only: As of `materialise`; an unknown name ends the run before it begins.
+            only: As of `materialise`.
+            actor: Who asks for it; default whom the environment names.
 
         Raises:
-            SpecError: There is no such task.
+            SpecError: There is no such task (`UnknownTask`), or no such asset.
             PlatformBusy: Another run works on it.
         """
-        return self._runs.submit(task, only=only, because=because)
+        return self._runs.submit(task, only=only, because=because, actor=actor)
+
+    def cancel(self, run: str, *, actor: str | None = None) -> "State":
+        """Ask a submitted run to end; what it had made until then stays. It takes seconds: follow it with `status`.
+
+        Args:
+            run: Its id, or the start of one.
+            actor: Who asks for it; default whom the environment names.
+
+        Raises:
+            UnknownRun: As of `watched`.
+            CannotCancel: The run is over, was not submitted, or is a process of another machine.
+        """
+        return self._runs.cancel(run, actor=actor)
 
     def status(self, run: str) -> "State":
         """A run as it is now, also one that was submitted a moment ago.
@@ -153,9 +174,13 @@ class Platform(Home):
         """
         return self._runs.status(run)
 
-    def recent(self, most: int = 10) -> "list[State]":
-        """The newest runs, those among them that were submitted and have not begun."""
-        return self._runs.recent(most)
+    def recent(self, most: int = 10, tasks: Collection[str] | None = None) -> "list[State]":
+        """The newest runs, those among them that were submitted and have not begun.
+
+        Args:
+            tasks: Only runs of these.
+        """
+        return self._runs.recent(most, tasks)
 
     def monitor(self, task: str, day: str, *, show: "Callable[[Line], None] | None" = None) -> Outcome:
         """Compact and judge one day (ISO) of a task's traffic."""
@@ -182,16 +207,18 @@ class Platform(Home):
         """The newest report as a self-contained HTML page."""
         return read_report(self.lake, self.tasks.get(task).name)[0].path("report.html")
 
-    def experiments(self, task: str | None = None, **conditions: "Unpack[Conditions]") -> "pd.DataFrame":
+    def experiments(
+        self, task: str | Collection[str] | None = None, **conditions: "Unpack[Conditions]"
+    ) -> "pd.DataFrame":
         """Trainings that ended, newest first: what each was made from, took and reached.
 
         Args:
-            task: Only those of this task, which need not be declared any more.
+            task: Only those of this task, or of these; they need not be declared any more.
             conditions: status, min_accuracy, max_seconds, since, until; see `training_runs.Conditions`.
         """
         return self.ledger.training_runs(task, **conditions)
 
-    def experiment_statistics(self, by: "Grouping", task: str | None = None) -> "pd.DataFrame":
+    def experiment_statistics(self, by: "Grouping", task: str | Collection[str] | None = None) -> "pd.DataFrame":
         """Trainings counted and summed by base model, dataset, ...; see `Ledger.training_statistics`."""
         return self.ledger.training_statistics(by, task)
 

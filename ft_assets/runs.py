@@ -3,16 +3,16 @@
 import difflib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ft_assets.evaluation.servable import PLUGGED, unserved
 from ft_assets.home import Home
-from ft_assets.submitting import Submission, Submissions
+from ft_assets.submitting import CannotCancel, Submission, Submissions
 from ft_assets.tasks import Task
 from ft_assets.training import recipes
 from ft_assets.training.failures import failed_results
@@ -79,28 +79,40 @@ class Runs:
         why = ""
         if not only:
             why, only = _unserved(found)
-        known = _release_assets() if only else []
-        unknown = [asset for asset in only if asset not in known]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
-            raise SpecError(
-                f"there is no asset '{unknown[0]}' on the way to a release",
-                where="only",
-                mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
-            )
+        _check_assets(only)
         self._home.instance.add_dynamic_partitions("task", [name])
         return replace(
             self.execute("train_and_release", name, only, {"ft/because": because}, show, run_id), unserved=why
         )
 
-    def submit(self, task: str, *, only: Sequence[str], because: str) -> str:
+    def submit(self, task: str, *, only: Sequence[str], because: str, actor: str | None) -> str:
         """See `Platform.submit`."""
-        name = self._home.tasks.get(task).name
-        for one in self._submissions.all():
-            if one.task == name and one.is_here and one.alive:
-                raise self._busy(name, one.run_id)
-        self._require_idle(name)
-        return self._submissions.start(name, only, because).run_id
+        name, actor = self._home.tasks.get(task).name, actor or self._home.environment.actor
+        _check_assets(only)
+        with self._submissions.turn():
+            for one in self._submissions.all():
+                if one.task == name and one.is_here and one.alive and not self._is_finished(one):
+                    raise self._busy(name, one.run_id)
+            self._require_idle(name)
+            run_id = self._submissions.start(name, only, because, actor).run_id
+        self._home.ledger.audit(actor, "submit", name, run_id, {"only": list(only), "because": because})
+        return run_id
+
+    def cancel(self, run: str, *, actor: str | None) -> "State":
+        """See `Platform.cancel`."""
+        state, submission, actor = self.status(run), self._submissions.find(run), actor or self._home.environment.actor
+        if state.succeeded is not None or submission is None:
+            raise CannotCancel(
+                f"run {state.run_id} is over" if submission else f"run {state.run_id} was not submitted",
+                where=f"task {state.task}",
+                mend="There is nothing to cancel." if submission else "End it where it was started, or in the UI.",
+            )
+        begun = self._home.instance.get_run_by_id(submission.run_id)
+        if begun is not None:
+            self._home.instance.report_run_canceling(begun, f"Canceled by {actor}.")
+        submission.cancel(actor)
+        self._home.ledger.audit(actor, "cancel", submission.task, submission.run_id, {})
+        return self.status(submission.run_id)
 
     def status(self, run: str) -> "State":
         """See `Platform.status`."""
@@ -112,24 +124,19 @@ class Runs:
         begun = self._home.instance.has_run(submission.run_id)
         return self.watched(run).read() if begun else _before_it_began(submission)
 
-    def recent(self, most: int) -> "list[State]":
+    def recent(self, most: int, tasks: Collection[str] | None) -> "list[State]":
         """See `Platform.recent`."""
+        import dagster as dg
+
         from ft_assets.watching import State
 
-        found = [
-            (
-                record.create_timestamp,
-                State(
-                    f"{(run := record.dagster_run).tags.get('dagster/partition', run.job_name)} {run.run_id[:8]}",
-                    run.status.value,
-                    run.is_success if run.is_finished else None,
-                ),
-            )
-            for record in self._home.instance.get_run_records(limit=most)
-        ]
+        wanted = dg.RunsFilter(tags={"dagster/partition": sorted(tasks)}) if tasks is not None else None
+        records = self._home.instance.get_run_records(wanted, limit=most) if tasks is None or tasks else []
+        found = [(record.create_timestamp, State.of(record.dagster_run)) for record in records]
+        submitted = (one for one in self._submissions.all() if tasks is None or one.task in tasks)
         found += [
             (datetime.fromisoformat(one.submitted), _before_it_began(one))
-            for one in islice(self._submissions.all(), most)
+            for one in islice(submitted, most)
             if not self._home.instance.has_run(one.run_id)
         ]
         return [state for _, state in sorted(found, key=lambda one: one[0], reverse=True)[:most]]
@@ -209,10 +216,19 @@ class Runs:
         ended = outcome(run_id, result.success, seen)
         return ended if ended.succeeded else replace(ended, results=failed_results(home.environment, str(key), run_id))
 
+    def _is_finished(self, submission: Submission) -> bool:
+        """Whether its run is over, whose process may take a moment longer."""
+        run = self._home.instance.get_run_by_id(submission.run_id)
+        return run is not None and run.is_finished
+
     def _bury(self, submission: Submission) -> None:
         """Close the run of a process that ended without doing so: it would keep its task busy for ever."""
         run = self._home.instance.get_run_by_id(submission.run_id)
-        if run is not None and not run.is_finished:
+        if run is None or run.is_finished:
+            return
+        if submission.canceled_by:
+            self._home.instance.report_run_canceled(run, f"Canceled by {submission.canceled_by}.")
+        else:
             self._home.instance.report_run_failed(run, f"its process ended: {submission.last_words()}")
 
     def _require_idle(self, key: str) -> None:
@@ -228,8 +244,8 @@ class Runs:
     def _busy(self, key: str, run_id: str) -> PlatformBusy:
         return PlatformBusy(
             f"run {run_id} of '{key}' is under way",
-            where=str(self._home.environment.home),
-            mend="Wait for it, or end it in the UI.",
+            where=f"task {key}",
+            mend=f"Wait for it, or end it: ft cancel {run_id[:8]} if it was submitted, else in the UI.",
         )
 
 
@@ -253,10 +269,28 @@ def _unserved(task: Task) -> tuple[str, Sequence[str]]:
 def _before_it_began(submission: Submission) -> "State":
     from ft_assets.watching import State
 
-    name = f"{submission.task} {submission.run_id[:8]}"
+    of: dict[str, Any] = {"run_id": submission.run_id, "task": submission.task}
+    name, by = f"{submission.task} {submission.run_id[:8]}", submission.canceled_by
     if submission.alive:
-        return State(name, "SUBMITTED", None)
-    return State(name, f"FAILED before it began: {submission.last_words()}", False)
+        return State(name, "CANCELING" if by else "SUBMITTED", None, **of)
+    if by:
+        return State(name, "CANCELED", False, failure=f"canceled by {by} before it began", **of)
+    return State(name, "FAILURE", False, failure=f"it ended before it began: {submission.last_words()}", **of)
+
+
+def _check_assets(only: Sequence[str]) -> None:
+    """Raises:
+    SpecError: One of these names is no asset of the job that ends with a release.
+    """
+    known = _release_assets() if only else []
+    unknown = [asset for asset in only if asset not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.4)
+        raise SpecError(
+            f"there is no asset '{unknown[0]}' on the way to a release",
+            where="only",
+            mend=(f"Did you mean '{near[0]}'? " if near else "") + f"There are: {', '.join(known)}.",
+        )
 
 
 def _release_assets() -> list[str]:

@@ -6,22 +6,35 @@ The run's id is known before its process has created the Dagster run, so that it
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
+from filelock import FileLock
 
-from ft_resources.environments import REPOSITORY, Environment
+from ft_resources.environments import CREDENTIALS, REPOSITORY, Environment
+from ft_resources.errors import FtError
 
 REQUEST = "request.json"
+CANCELLATION = "cancellation.json"
 LOG = "log.txt"
+RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 CLOCK_ERROR = 2.0
 """Seconds by which the start of a process may seem to move when the clock is set."""
+
+
+class CannotCancel(FtError):
+    """The run is over, or its process is not this machine's to end."""
+
+    code = "cannot_cancel"
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,12 @@ class Submission:
     log: Path
 
     @property
+    def canceled_by(self) -> str:
+        """Who asked for its end; empty when nobody did."""
+        file = self.log.parent / CANCELLATION
+        return str(json.loads(file.read_text(encoding="utf-8"))["actor"]) if file.exists() else ""
+
+    @property
     def is_here(self) -> bool:
         """Whether its process is, or was, one of this machine."""
         return self.host == platform.node()
@@ -47,14 +66,33 @@ class Submission:
     @property
     def alive(self) -> bool:
         """Whether its process works on it; of another machine's nobody can tell, so it may."""
-        if not self.is_here:
-            return True
+        return not self.is_here or self._process() is not None
+
+    def _process(self) -> psutil.Process | None:
+        """Its process on this machine; None when it has ended."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.process_started) < CLOCK_ERROR
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
-            return False
+            return None
+
+    def cancel(self, actor: str) -> None:
+        """Ask its process to end, which takes seconds, and keep who asked.
+
+        Raises:
+            CannotCancel: It has ended, or is another machine's.
+        """
+        process = self._process() if self.is_here else None
+        if process is None:
+            raise CannotCancel(
+                f"run {self.run_id} is over" if self.is_here else f"run {self.run_id} is a process of {self.host}",
+                where=f"task {self.task}",
+                mend="There is nothing to cancel." if self.is_here else "Cancel it there.",
+            )
+        _write(self.log.parent / CANCELLATION, {"actor": actor, "at": datetime.now(UTC).isoformat()})
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            process.terminate()
 
     def last_words(self) -> str:
         """The last line that its process printed, without a full stop."""
@@ -71,17 +109,28 @@ class Submissions:
         self._folder = environment.home / "submitted"
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def start(self, task: str, only: Sequence[str], because: str) -> Submission:
-        """Start `ft run` for `task` in a process that outlives this one."""
+    def turn(self) -> FileLock:
+        """Held from looking whether a task is busy to `start`, so that two who ask at once do not both find it idle."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._folder / "turn.lock")
+
+    def start(self, task: str, only: Sequence[str], because: str, actor: str) -> Submission:
+        """Start `ft run` for `task` in a process that outlives this one.
+
+        Args:
+            actor: Who asked for it.
+        """
+        self._children = [child for child in self._children if child.poll() is None]  # an ended one is let go of
         run_id = str(uuid.uuid4())
         folder = self._folder / run_id
         folder.mkdir(parents=True)
-        words = ["run", task, *(f"--only={asset}" for asset in only), "--because", because, "--run-id", run_id]
+        words = ["run", task, *(f"--only={asset}" for asset in only), f"--because={because}", f"--run-id={run_id}"]
+        inherited = {name: value for name, value in os.environ.items() if name not in CREDENTIALS}
         with (folder / LOG).open("wb") as sink:
             child = subprocess.Popen(
                 [sys.executable, "-m", "ft_assets.cli", *words, "--home", str(self._environment.home)],
                 cwd=REPOSITORY,
-                env={**os.environ, **self._environment.variables()},
+                env={**inherited, **self._environment.variables(), "FT_ACTOR": actor},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -98,19 +147,30 @@ class Submissions:
             psutil.Process(child.pid).create_time(),
             folder / LOG,
         )
-        aside = folder / f".{REQUEST}"
-        aside.write_text(json.dumps({**asdict(submission), "log": LOG}), encoding="utf-8")
-        aside.rename(folder / REQUEST)
+        _write(folder / REQUEST, {**asdict(submission), "log": LOG})
         return submission
 
     def find(self, start: str) -> Submission | None:
         """The one run whose id starts so; None when there is none, or more."""
+        if RUN_ID.fullmatch(start):
+            file = self._folder / start / REQUEST
+            return _read(file) if file.exists() else None
         found = [one for one in self.all() if one.run_id.startswith(start)] if start else []
         return found[0] if len(found) == 1 else None
 
     def all(self) -> Iterator[Submission]:
         """Every submission, newest first."""
         files = sorted(self._folder.glob(f"*/{REQUEST}"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in files:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            yield Submission(**{**told, "log": file.parent / told["log"]})
+        yield from map(_read, files)
+
+
+def _read(file: Path) -> Submission:
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return Submission(**{**told, "log": file.parent / told["log"]})
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Readers find all of it, or no file."""
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.rename(file)

@@ -370,11 +370,17 @@ class Task:
         return self.spec.full_name
 
 
+class UnknownTask(SpecError):
+    """No file declares a task of this name."""
+
+    code = "unknown_task"
+
+
 class TaskFolders:
     """The task files of some folders; a name that two files declare belongs to the first.
 
     Raises:
-        SpecError: On `get` of an unknown or invalid task, naming the nearest valid one.
+        SpecError: On `get` of an unknown (`UnknownTask`) or invalid task, naming the nearest valid one.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -416,7 +422,7 @@ class TaskFolders:
                 raise error
         near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.5)
         known = ", ".join(sorted(tasks)) or "none"
-        raise SpecError(
+        raise UnknownTask(
             f"there is no task '{name}'",
             where=", ".join(map(str, self.folders)),
             mend=(f"Did you mean '{near[0]}'? " if near else "") + f"Known tasks: {known}.",

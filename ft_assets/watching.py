@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ft_assets.submitting import RUN_ID
 from ft_resources.errors import FtError
-from ft_resources.tracking import DAGSTER_RUN, client, trainings
+from ft_resources.tracking import DAGSTER_RUN, client, curve, training, trainings
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -49,6 +50,19 @@ class State:
     """Newest value of each metric."""
     losses: Sequence[float] = ()
     """Training loss of every step so far."""
+    run_id: str = ""
+    """Of the Dagster run; empty for a training that had none."""
+    task: str = ""
+    failure: str = ""
+    """Why a run ended that never began."""
+
+    @classmethod
+    def of(cls, run: "dg.DagsterRun", **more: Any) -> "State":
+        """What Dagster knows of a run, and `more`."""
+        partition = run.tags.get("dagster/partition", run.job_name)
+        task = run.tags.get("dagster/partition/task", partition)  # of a day of a task
+        succeeded = run.is_success if run.is_finished else None
+        return cls(f"{partition} {run.run_id[:8]}", run.status.value, succeeded, run_id=run.run_id, task=task, **more)
 
     @property
     def epoch(self) -> int | None:
@@ -75,7 +89,9 @@ class Watched:
         self._dagster: str | None = None
         self._training: str | None = None
         self.name = name
-        if not (self._is_task(name) or self._is_training(name) or self._is_run(name)):
+        if RUN_ID.fullmatch(name) and instance.has_run(name):
+            self._dagster = name
+        elif not (self._is_task(name) or self._is_training(name) or self._is_run(name)):
             raise self._unknown(f"there is no run, and no task with a run, that is called '{name}'")
 
     def _is_task(self, name: str) -> bool:
@@ -95,17 +111,9 @@ class Watched:
         return bool(here or there)
 
     def _is_training(self, name: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        if not re.fullmatch(r"[0-9a-f]{32}", name):
-            return False
-        try:
-            self._training = client(self._uri).get_run(name).info.run_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-        return True
+        found = training(self._uri, name)
+        self._training = found.info.run_id if found else None
+        return found is not None
 
     def _is_run(self, name: str) -> bool:
         if not re.fullmatch(r"[0-9a-f-]{1,36}", name):
@@ -138,18 +146,13 @@ class Watched:
         run = self._newest_training()
         told = {"training": run.info.run_id, **self._progress(run)} if run is not None else {}
         dagster_run = self._instance.get_run_by_id(self._dagster) if self._dagster else None
-        if dagster_run is None:
-            task = run.data.tags.get("task", "") if run is not None else ""
-            state = run.info.status if run is not None else "UNKNOWN"
-            return State(self._title(task), state, ENDED.get(state), **told)
-        task = dagster_run.tags.get("dagster/partition", dagster_run.job_name)
-        succeeded = dagster_run.is_success if dagster_run.is_finished else None
-        stage = "" if dagster_run.is_finished else self._stage(dagster_run.run_id)
-        return State(self._title(task), dagster_run.status.value, succeeded, stage, **told)
-
-    def _title(self, task: str) -> str:
-        short = (self._dagster or self._training or "")[:8]
-        return f"{task} {short}".strip()
+        if dagster_run is not None:
+            stage = "" if dagster_run.is_finished else self._stage(dagster_run.run_id)
+            return State.of(dagster_run, stage=stage, **told)
+        task = run.data.tags.get("task", "") if run is not None else ""
+        state = run.info.status if run is not None else "UNKNOWN"
+        name = f"{task} {(self._dagster or self._training or '')[:8]}".strip()
+        return State(name, state, ENDED.get(state), run_id=self._dagster or "", task=task, **told)
 
     def _newest_training(self) -> Any:
         if self._dagster is None:
@@ -160,14 +163,14 @@ class Watched:
         return next(iter(running or begun or runs), None)
 
     def _progress(self, run: Any) -> dict[str, Any]:
-        history = client(self._uri).get_metric_history(run.info.run_id, "loss")
+        history = curve(self._uri, run.info.run_id, "loss")
         params = run.data.params
         return {
-            "step": max((metric.step for metric in history), default=None),
+            "step": max((step for step, _ in history), default=None),
             "steps": _whole(params.get("steps")),
             "epochs": _whole(params.get("epochs", params.get("training.epochs"))),
             "metrics": dict(run.data.metrics),
-            "losses": [metric.value for metric in sorted(history, key=lambda metric: metric.step)],
+            "losses": [value for _, value in history],
         }
 
     def _stage(self, run_id: str) -> str:
@@ -225,7 +228,7 @@ def _last(watched: Watched, show: Callable[[State], None]) -> State:
 
 def line(state: State) -> str:
     """The state in one line."""
-    parts = [state.name, state.state]
+    parts = [state.name, f"{state.state}: {state.failure}" if state.failure else state.state]
     if state.stage:
         parts.append(f"making {state.stage}")
     if state.step is not None:

@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "deployments" / "recipes"
 ADAPTER_MEMORY_MB = 512
 REQUEST_TOKENS = 131_072
+CREDENTIALS = ("FT_API_KEYS", "FT_JWT_SECRET")
+"""Variables that a process which serves has, and that no run it starts needs."""
 
 
 def source_digest(*names: str) -> str:

@@ -244,7 +244,7 @@ class Lake:
             manifest["made_from"],
             manifest["files"],
             folder,
-            f"{self.url}/{self._relative(digest)}",
+            self.uri(digest),
         )
 
     def _absent(self, digest: str) -> ArtefactError:
@@ -253,7 +253,7 @@ class Lake:
         )
 
     def _fetch(self, digest: str, folder: Path) -> None:
-        origin = f"{self.url}/{self._relative(digest)}"
+        origin = self.uri(digest)
         manifest = self._read(self._object(digest, MANIFEST))
         if manifest is None:
             raise self._absent(digest)
@@ -354,6 +354,10 @@ class Lake:
         return sorted(Path(name).stem for name in self._fs.ls(folder, detail=False) if str(name).endswith(".json"))
 
     # -- paths --------------------------------------------------------------------------------------------------
+
+    def uri(self, digest: str) -> str:
+        """Where the object with this digest lies, or would lie."""
+        return f"{self.url}/{self._relative(digest)}"
 
     def _relative(self, digest: str, name: str = "") -> str:
         return f"objects/{digest[:2]}/{digest}" + (f"/{name}" if name else "")

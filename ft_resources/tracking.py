@@ -3,6 +3,7 @@
 Imports mlflow when used, never at module level, and not in the code location's process before an asset needs it.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ft_resources.errors import ArtefactError
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 EXPERIMENT_PREFIX = "ft/"
 TRAINED_FROM = "trained_from"
@@ -140,17 +141,48 @@ def trainings(
         dagster_run: Only those of this Dagster run, or of those whose id starts so.
         task: Only those of this task.
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return []
-    connection = client(uri)
-    wanted = f"name = '{EXPERIMENT_PREFIX}{task}'" if task else f"name LIKE '{EXPERIMENT_PREFIX}%'"
-    experiments = [each.experiment_id for each in _every(connection.search_experiments, filter_string=wanted)]
-    if not experiments:
+    of = [each.experiment_id for each in experiments(uri, task)]
+    if not of:
         return []
     condition = f"tags.{DAGSTER_RUN} LIKE '{dagster_run}%'" if dagster_run else ""
     newest = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
-    found: list[Run] = _every(connection.search_runs, experiment_ids=experiments, most=most, **newest)
+    found: list[Run] = _every(client(uri).search_runs, experiment_ids=of, most=most, **newest)
     return found
+
+
+def experiments(uri: str, task: str | None = None) -> "list[Experiment]":
+    """MLflow experiments of the platform, one a task, newest first; `task`: only this one's."""
+    if _nothing_yet(uri):
+        return []
+    wanted = f"name = '{EXPERIMENT_PREFIX}{task}'" if task else f"name LIKE '{EXPERIMENT_PREFIX}%'"
+    found: list[Experiment] = _every(client(uri).search_experiments, filter_string=wanted)
+    return found
+
+
+def training(uri: str, run_id: str) -> "Run | None":
+    """The MLflow run of this id, or None."""
+    from mlflow.exceptions import MlflowException
+
+    if _nothing_yet(uri) or not re.fullmatch(r"[0-9a-f]{32}", run_id):
+        return None
+    try:
+        found: Run = client(uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return found
+
+
+def curve(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric of an MLflow run, in order; empty where it has none of it."""
+    history = client(uri).get_metric_history(run_id, metric)
+    return [(point.step, point.value) for point in sorted(history, key=lambda point: (point.step, point.timestamp))]
+
+
+def _nothing_yet(uri: str) -> bool:
+    """Whether the store is a file that no training has made yet."""
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def _every(search: Callable[..., Any], *, most: int | None = None, **question: Any) -> list[Any]:

@@ -2,11 +2,13 @@
 
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import pandas as pd
+import pydantic
 import sqlalchemy as sa
 
 from ft_resources.errors import ArtefactError
@@ -24,6 +26,8 @@ class TrainingRun:
 
     The fields from `wall_seconds` to `energy_source` are those of `ft_resources.usage.Usage`.
     """
+
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(use_attribute_docstrings=True)
 
     run_id: str
     """MLflow run id; of a training that died before it had one, its Dagster run id."""
@@ -109,7 +113,7 @@ class Conditions(TypedDict, total=False):
 
 
 def select(
-    task: str | None = None,
+    task: str | Collection[str] | None = None,
     *,
     status: str | None = None,
     min_accuracy: float | None = None,
@@ -119,9 +123,8 @@ def select(
 ) -> sa.Select[Any]:
     """The runs that fit every condition that is given, newest first."""
     columns = table.c
-    query = sa.select(table).order_by(columns.started.desc(), columns.run_id)
+    query = of_tasks(sa.select(table).order_by(columns.started.desc(), columns.run_id), task)
     for column, compare, given in (
-        (columns.task, operator.eq, task),
         (columns.status, operator.eq, status),
         (columns.accuracy, operator.ge, min_accuracy),
         (columns.wall_seconds, operator.le, max_seconds),
@@ -146,7 +149,14 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return found
 
 
-def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
+def of_tasks(query: sa.Select[Any], task: str | Collection[str] | None) -> sa.Select[Any]:
+    """Only the runs of one task or of several; None: of all."""
+    if task is None:
+        return query
+    return query.where(table.c.task.in_([task] if isinstance(task, str) else sorted(task)))
+
+
+def statistics(by: Grouping, task: str | Collection[str] | None) -> sa.Select[Any]:
     """Runs, how they ended, what they reached and what they took, for each value of a column, most runs first."""
     columns = table.c
     runs = sa.func.count().label("runs")
@@ -154,7 +164,7 @@ def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
     def ended(status: str) -> sa.ColumnElement[int]:
         return sa.func.sum(sa.case((columns.status == status, 1), else_=0)).label(status.lower())
 
-    query = sa.select(
+    query: sa.Select[Any] = sa.select(
         columns[by],
         runs,
         *map(ended, STATUSES),
@@ -168,9 +178,7 @@ def statistics(by: Grouping, task: str | None) -> sa.Select[Any]:
         sa.func.sum(columns.cost).label("cost"),
         sa.func.max(columns.started, type_=columns.started.type).label("newest"),
     )
-    if task is not None:
-        query = query.where(columns.task == task)
-    return query.group_by(columns[by]).order_by(runs.desc(), columns[by])
+    return of_tasks(query, task).group_by(columns[by]).order_by(runs.desc(), columns[by])
 
 
 class TrainingRecords(LedgerStore):
@@ -187,15 +195,18 @@ class TrainingRecords(LedgerStore):
             connection.execute(table.delete().where(table.c.run_id == run.run_id))
             connection.execute(table.insert().values(**values))
 
-    def training_runs(self, task: str | None = None, **conditions: Unpack[Conditions]) -> pd.DataFrame:
+    def training_runs(
+        self, task: str | Collection[str] | None = None, **conditions: Unpack[Conditions]
+    ) -> pd.DataFrame:
         """Trainings that ended and fit every condition given, newest first; columns: fields of `TrainingRun`.
 
         Args:
+            task: One, or several; none of none.
             conditions: See `Conditions`: status, min_accuracy, max_seconds, since, until.
         """
         return frame(self._rows(select(task, **conditions)))
 
-    def training_statistics(self, by: Grouping, task: str | None = None) -> pd.DataFrame:
+    def training_statistics(self, by: Grouping, task: str | Collection[str] | None = None) -> pd.DataFrame:
         """Trainings counted and summed by a column, most runs first.
 
         Returns:

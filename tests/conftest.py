@@ -1,6 +1,8 @@
 """What every test shares: no network beyond the package client, no telemetry, and the real mails."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,6 +21,7 @@ import pytest
 
 from ft_assets.data.sources import read_sources
 from ft_assets.tasks import Task
+from ft_resources.tracking import client
 
 FIRST = ("graph/test_gate_bypass.py", "graph/test_texts.py")
 """Long modules that do not wait for each other; of the rest, those of the graph take the longest."""
@@ -45,6 +48,22 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package_cache() -> Path:
     """Where fetched packages are kept between runs."""
     return Path(os.environ["FT_PACKAGE_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def tracker_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Puts an empty MLflow store into a platform home and returns its URI: making its tables, once, takes seconds."""
+    made = tmp_path_factory.mktemp("tracker") / "mlflow.db"
+
+    def put(home: Path) -> str:
+        if not made.exists():
+            client(f"sqlite:///{made}").search_experiments()
+        place = home / "mlflow" / "mlflow.db"
+        place.parent.mkdir(parents=True)
+        shutil.copyfile(made, place)
+        return f"sqlite:///{place}"
+
+    return put
 
 
 @pytest.fixture(scope="session")

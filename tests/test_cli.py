@@ -18,7 +18,7 @@ def ft(*words: str, home: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([FT, *words], capture_output=True, text=True, check=False, env=variables)
 
 
-@pytest.mark.parametrize("command", [(), ("task",), ("release",), ("run",), ("trace",), ("serve",)])
+@pytest.mark.parametrize("command", [(), ("task",), ("release",), ("run",), ("trace",), ("serve",), ("api",)])
 def test_help_explains_each_command(command: tuple[str, ...], tmp_path: Path) -> None:
     done = ft(*command, "--help", home=tmp_path)
     assert done.returncode == 0

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ft_assets.definitions import defs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +63,9 @@ def test_every_gate_blocks_and_is_partitioned_by_task() -> None:
     assert all(gate == {"blocking": True, "partitions": "DynamicPartitionsDefinition"} for gate in gates)
 
 
-def test_the_code_location_imports_no_heavy_library() -> None:
-    code = f"import sys, ft_assets.definitions; print([m for m in {HEAVY!r} if m in sys.modules])"
+@pytest.mark.parametrize("module", ["ft_assets.definitions", "ft_assets.api.server"])
+def test_the_code_location_and_the_api_import_no_heavy_library(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

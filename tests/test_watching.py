@@ -4,12 +4,13 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def platform(home: Path) -> Iterator[Platform]:
+def platform(home: Path, tracker_in: Callable[[Path], str]) -> Iterator[Platform]:
+    tracker_in(home)
     opened = Platform(Environment.read({"FT_TASKS": str(home / "tasks")}, home=home))
     yield opened
     opened.instance.dispose()
@@ -234,6 +236,7 @@ def test_an_unknown_run_lists_the_newest(platform: Platform, finished: str, name
 
 
 def test_an_unknown_run_of_an_empty_home_creates_no_tracker(platform: Platform, home: Path) -> None:
+    shutil.rmtree(home / "mlflow")
     with pytest.raises(UnknownRun, match="There are none yet"):
         platform.watched("nothing")
     assert not (home / "mlflow").exists()

@@ -4,11 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import dagster as dg
 import pandas as pd
 import psutil
 import pytest
 
 from ft_assets.following import Line
+from ft_assets.materialising import typed_failures
 from ft_assets.platform import TRAINING_ASSETS
 from tests.graph.small_task import TASK, TASK_FILE, Built, open_home, write_task
 
@@ -37,6 +39,26 @@ class Interruptor:
             if worker and process.pid not in self.hit:
                 os.kill(process.pid, self.number)
                 self.hit.append(process.pid)
+
+
+def test_an_interrupted_run_does_not_try_its_step_again() -> None:
+    """Ctrl-C, or SIGTERM from `ft cancel` and from a cluster, in a run of this process."""
+    tries = []
+
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
+    def trained() -> None:
+        with typed_failures():
+            tries.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+
+    job = dg.Definitions([trained], jobs=[dg.define_asset_job("all")]).resolve_job_def("all")
+    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        ended = job.execute_in_process(instance=instance, raise_on_error=False, run_config=quiet)
+    assert not ended.success
+    assert tries == [1]
+    assert "the run was asked to end" in str(ended.failure_data_for_node("trained"))
 
 
 def steps_told(notes: list[str]) -> list[int]:

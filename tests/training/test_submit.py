@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 
 from ft_assets.cli import app
 from ft_assets.platform import TRAINING_ASSETS, Platform, PlatformBusy
+from ft_assets.submitting import CannotCancel
+from ft_assets.tasks import UnknownTask
 from ft_assets.training.jobs import triggered_by
 from ft_assets.training.recipes import resolve
-from ft_assets.watching import UnknownRun
+from ft_assets.watching import State, UnknownRun, line
 from ft_resources.environments import Environment
 from ft_resources.errors import SpecError
 from ft_resources.provenance import code
-from ft_resources.tracking import trainings
+from ft_resources.tracking import curve, trainings
 from tests.training.small import texts
 
 TASK = """\
@@ -97,7 +99,9 @@ def test_a_run_whose_process_died_has_failed_and_frees_its_task(platform: Platfo
     os.kill(told["pid"], signal.SIGKILL)
     while platform.status(run).succeeded is None:
         pass
-    assert platform.status(run).state.startswith("FAILED before it began")
+    ended = platform.status(run)
+    assert (ended.state, ended.failure) == ("FAILURE", "it ended before it began: it printed nothing, as if killed")
+    assert ended.failure in line(ended)
     with pytest.raises(UnknownRun, match="ended before it began"):
         platform.watched(run)
     again = platform.submit("weather")
@@ -110,9 +114,44 @@ def test_a_run_whose_process_died_has_failed_and_frees_its_task(platform: Platfo
     assert {one.name for one in platform.recent()} == {f"weather {run[:8]}", f"weather {again[:8]}"}
 
 
+@pytest.mark.slow
+def test_a_run_that_is_canceled_while_it_trains_ends_and_the_next_goes_on_from_there(platform: Platform) -> None:
+    file = platform.environment.home / "tasks" / "weather.yaml"
+    file.write_text(file.read_text().replace("epochs: 3,", "epochs: 100, checkpoint_minutes: 0.001,"))
+
+    def trained(run: str, steps: int) -> State:
+        for state in platform.watched(run).states():
+            if (state.step or 0) >= steps:
+                return state
+        raise AssertionError(state)
+
+    first = platform.submit("weather", only=TRAINING_ASSETS)
+    reached = trained(first, 20).step
+    assert platform.cancel(first[:8], actor="grace").state == "CANCELING"
+    *_, last = platform.watched(first).states()
+    assert (last.state, last.succeeded) == ("CANCELED", False)
+    (tracked,) = trainings(platform.environment.mlflow, dagster_run=first)
+    assert tracked.info.status == "FAILED"
+    with pytest.raises(CannotCancel, match="is over"):
+        platform.cancel(first)
+    second = platform.submit("weather", only=TRAINING_ASSETS)
+    trained(second, 1)
+    (again,) = trainings(platform.environment.mlflow, dagster_run=second)
+    assert curve(platform.environment.mlflow, again.info.run_id, "loss")[0][0] >= reached
+    platform.cancel(second)
+    *_, last = platform.watched(second).states()
+    assert last.state == "CANCELED"
+    done = [(one["actor"], one["action"]) for one in platform.ledger.audit_events() if one["subject"] == first]
+    assert done == [("tester", "submit"), ("grace", "cancel")]
+
+
 def test_what_is_not_there_is_an_error(platform: Platform) -> None:
-    with pytest.raises(SpecError, match="there is no task 'weathr'"):
+    with pytest.raises(UnknownTask, match="there is no task 'weathr'"):
         platform.submit("weathr")
+    with pytest.raises(SpecError, match="Did you mean 'adapter'"):
+        platform.submit("weather", only=["adaptr"])
+    with pytest.raises(UnknownRun, match="'0123abcd'"):
+        platform.cancel("0123abcd")
     with pytest.raises(UnknownRun, match="'0123abcd'"):
         platform.status("0123abcd")
     home = str(platform.environment.home)

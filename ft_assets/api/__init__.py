@@ -1,0 +1,1 @@
+"""The HTTP API of experiments, runs and adapters: a thin layer over the Python asset API."""
