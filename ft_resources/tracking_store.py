@@ -244,10 +244,18 @@ class TrackingStore:
                 where="PATH",
                 mend="Install PostgreSQL's client programs, as new as the server.",
             )
-        place = self._url.set(drivername="postgresql", password=None).render_as_string()
-        secret = {"PGPASSWORD": str(self._url.password)} if self._url.password else {}
+        url = self._url
+        place = sa.URL.create("postgresql", url.username, None, url.host, url.port, url.database, url.query)
+        secret = {"PGPASSWORD": str(url.password)} if url.password else {}
         done = subprocess.run(
-            [program, "--no-owner", "--no-privileges", "--no-password", f"--dbname={place}", *options],
+            [
+                program,
+                "--no-owner",
+                "--no-privileges",
+                "--no-password",
+                f"--dbname={place.render_as_string()}",
+                *options,
+            ],
             env={**os.environ, **secret},
             capture_output=True,
             text=True,
@@ -256,7 +264,7 @@ class TrackingStore:
         if done.returncode:
             said = mask_text(done.stderr.strip().partition("\n")[0])
             raise BackupError(
-                f"{name} failed: {said}", where=self.name, mend="Its version must not be older than the server's."
+                f"{name} failed: {said}", where=self.name, mend="It says why; it must not be older than the server."
             )
 
 

@@ -38,6 +38,9 @@ def postgres() -> Iterator[str]:
 
     try:
         run("initdb", "-D", data, "-U", "ft", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+        access = home / "data" / "pg_hba.conf"
+        # one user, whom a test may create, is let in with a password only
+        access.write_text(f"local all guarded scram-sha-256\n{access.read_text()}")
         run("pg_ctl", "-D", data, "-w", "-l", str(home / "log"), "-o", options, "start")
         try:
             yield f"postgresql+psycopg2://ft@/postgres?host={home}&port={port}"

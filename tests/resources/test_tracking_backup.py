@@ -320,6 +320,33 @@ def test_programs_that_are_missing_are_named(postgres: str, tmp_path: Path, monk
         store.load(tmp_path / "dump", {})
 
 
+@pytest.mark.parametrize("new_store", ["postgresql"], indirect=True)
+def test_a_password_reaches_the_programs_of_postgresql(postgres: str, made: Backup, tmp_path: Path) -> None:
+    """The restore and the backup of an application's user, whose password has every character that URLs encode."""
+    password, name = "p@ss:w/rd%1 '\"?#", f"mlflow_{uuid.uuid4().hex}"
+    engine = sa.create_engine(postgres, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        quoted = password.replace("'", "''")
+        connection.exec_driver_sql(f"CREATE ROLE guarded LOGIN PASSWORD '{quoted}'".replace("%", "%%"))
+        connection.exec_driver_sql(f"CREATE DATABASE {name} OWNER guarded")
+    try:
+        url = sa.make_url(postgres).set(database=name, username="guarded", password=password)
+        store = TrackingStore(url.render_as_string(hide_password=False), str(tmp_path / "artifacts"))
+        restore(made, store)
+        again = backup(store, str(tmp_path / "backups"))
+        assert again.rows == made.rows
+        with pytest.raises(BackupError, match="permission denied to create database") as caught:
+            drill(again, store)
+        assert "CREATEDB" in caught.value.mend and password not in str(caught.value)
+        wrong = TrackingStore(url.set(password="other").render_as_string(hide_password=False), str(tmp_path / "a"))
+        with pytest.raises(BackupError, match="password authentication failed"):
+            backup(wrong, str(tmp_path / "backups"))
+    finally:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+            connection.exec_driver_sql("DROP ROLE guarded")
+
+
 def test_the_commands_use_the_home_and_the_variables_of_the_tracking_server(
     new_store: NewStore, tracker: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
