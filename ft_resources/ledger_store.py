@@ -28,7 +28,7 @@ class LedgerStore:
     """Opens the database and brings its schema up to date; what is stored in it is told by the classes on top.
 
     Args:
-        url: SQLAlchemy URL, such as `sqlite:////data/ledger.db` or `postgresql+psycopg2://...`.
+        url: SQLAlchemy URL, such as `sqlite:////data/ledger.db` or `postgresql://user@host/name`.
 
     Raises:
         ArtefactError: The database cannot be opened.
@@ -38,17 +38,19 @@ class LedgerStore:
         self.url = url
         try:
             parsed = sa.make_url(url)
+            if parsed.drivername == "postgresql":  # SQLAlchemy would take psycopg 3, which is not installed
+                parsed = parsed.set(drivername="postgresql+psycopg2")
             self._sqlite = parsed.get_backend_name() == "sqlite"
             if self._sqlite and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             waiting = {"connect_args": {"timeout": 60}} if self._sqlite else {}
             # errors end up in logs, where neither inputs nor keys may stand
-            self._engine = sa.create_engine(url, hide_parameters=True, **waiting)
+            self._engine = sa.create_engine(parsed, hide_parameters=True, **waiting)
         except (sa.exc.ArgumentError, ImportError, OSError) as error:
             raise ArtefactError(
                 f"the ledger cannot be opened: {error}",
                 where="FT_LEDGER",
-                mend="Write sqlite:////path/to/ledger.db or postgresql+psycopg2://user@host/name.",
+                mend="Write sqlite:////path/to/ledger.db or postgresql://user@host/name.",
             ) from error
         if self._sqlite:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)

@@ -108,6 +108,12 @@ def test_a_schema_of_a_newer_version_is_refused(database: str, sql: sa.Engine) -
         Ledger(database)
 
 
+def test_a_url_needs_no_driver(database: str) -> None:
+    ledger = Ledger(database.replace("+psycopg2", ""))
+    assert ledger.live_release("t1") is None
+    ledger.close()
+
+
 def test_what_is_no_ledger_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a database\n" * 100, encoding="utf-8")
     for url in (
