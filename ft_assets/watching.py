@@ -145,7 +145,7 @@ class Watched:
         task = dagster_run.tags.get("dagster/partition", dagster_run.job_name)
         succeeded = dagster_run.is_success if dagster_run.is_finished else None
         stage = "" if dagster_run.is_finished else self._stage(dagster_run.run_id)
-        return State(self._title(task), dagster_run.status.value, succeeded, stage, **told)
+        return State(self._title(task), _status(dagster_run), succeeded, stage, **told)
 
     def _title(self, task: str) -> str:
         short = (self._dagster or self._training or "")[:8]
@@ -184,6 +184,16 @@ class Watched:
             if state.succeeded is not None:
                 return
             time.sleep(max(POLL_SECONDS, 4 * took))
+
+
+def _status(run: "dg.DagsterRun") -> str:
+    """Dagster's word; of a run that was stopped for another one, where it goes on."""
+    from ft_assets.preemption import RESUMED_AS, STATE
+
+    if STATE not in run.tags or run.is_success:
+        return run.status.value
+    resumed = run.tags.get(RESUMED_AS)
+    return f"PREEMPTED, goes on as {resumed[:8]}" if resumed else "PREEMPTED"
 
 
 def watch(watched: Watched, console: "Console", *, once: bool = False) -> State:
