@@ -8,8 +8,10 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
+from ft_assets import preemption
 from ft_assets.monitoring.assets import read_drift
 from ft_assets.partitions import FIRST_DAY, monitoring_key, task_partitions
+from ft_assets.submitting import Submissions
 from ft_assets.tasks import FeedbackSource, Task, TaskFolders
 from ft_resources.environments import Environment
 from ft_resources.errors import FtError
@@ -29,7 +31,7 @@ ATTEMPTS = 3
 """A day whose monitoring keeps failing is left alone after this many tries, until it grows."""
 
 train_and_release = dg.define_asset_job(
-    "train_and_release",
+    preemption.TRAINING_JOB,
     selection=dg.AssetSelection.groups("1_data", "2_training", "3_evaluation", "4_release"),
     description="One task from its raw rows to a live release; a failed blocking check stops it.",
 )
@@ -99,6 +101,30 @@ def retraining(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.
     return requests or dg.SkipReason("; ".join(reasons) or "there are no tasks")
 
 
+@dg.sensor(
+    job=train_and_release,
+    minimum_interval_seconds=10,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Sorts the queue by the priority of tasks. Where no place is free, a training of less priority is "
+    "stopped for one that waits, and asked for again: it goes on from what it saved.",
+)
+def priorities(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+    environment, instance = Environment.read(), context.instance
+    tasks, _ = TaskFolders(environment.task_folders).load()
+    waiting, requests = preemption.sort_queue(instance, tasks), preemption.resumptions(instance)
+    queue = instance.get_concurrency_config().run_queue_config
+    if queue is None or not waiting:
+        return requests or dg.SkipReason("no run waits")
+    submissions = Submissions(environment)
+    working = preemption.at_work(instance, tasks, Lake(environment.lake), submissions)
+    choice = preemption.choose(waiting, working, queue.max_concurrent_runs)
+    if isinstance(choice, str):
+        return requests or dg.SkipReason(choice)
+    done = preemption.stop(instance, submissions, choice)
+    context.log.info(done)
+    return requests or dg.SkipReason(done)
+
+
 def wanted_retraining(task: Task, lake: Lake, ledger: Ledger) -> dg.RunRequest | str:
     """The run that monitoring of `task` calls for, or the reason why none is called for.
 
@@ -128,11 +154,12 @@ def wanted_retraining(task: Task, lake: Lake, ledger: Ledger) -> dg.RunRequest |
     ):
         return f"{name}: drift on {report['day']}, cooling down for {policy.cooldown_days} days of traffic"
     alarms = [*report["drift"]["reasons"], *([report["accuracy"]["reason"]] if report["accuracy"]["alarm"] else [])]
+    rank = preemption.RANKS[task.spec.priority]
     because = f"drift on {report['day']}: {' '.join(alarms)} {new} new labels"
     return dg.RunRequest(
         run_key=f"retrain|{name}|{live['id']}|{labels}",
         partition_key=name,
-        tags={"ft/trigger": "drift", "ft/because": because[:1000], "dagster/priority": "1"},
+        tags={"ft/trigger": "drift", "ft/because": because[:1000], preemption.RANK: str(rank + 1)},
     )
 
 

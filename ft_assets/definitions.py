@@ -22,7 +22,7 @@ defs = dg.Definitions(
     assets=[asset for stage in STAGES for asset in dg.load_assets_from_modules([stage])],
     asset_checks=[check for stage in CHECKS for check in dg.load_asset_checks_from_modules([stage])],
     jobs=[automation.train_and_release, automation.monitor_day],
-    sensors=[automation.task_files, automation.traffic, automation.retraining],
+    sensors=[automation.task_files, automation.traffic, automation.retraining, automation.priorities],
     resources=platform_resources(),
     # steps are thin: the heavy ones launch a process of their own, so a process per step would only add its start
     executor=dg.in_process_executor,

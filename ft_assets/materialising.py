@@ -20,15 +20,15 @@ from ft_resources.lake import Artefact, Lake, short
 def typed_failures() -> Iterator[None]:
     """Turn a typed error into a Dagster failure; only a worker that died is worth a retry.
 
-    An interrupted run fails in the step it is in: a retry policy would start the step again.
+    A run that is stopped fails here as well: Dagster would try a step with a retry policy again.
     """
     try:
         yield
+    except dg.DagsterExecutionInterruptedError as stopped:
+        raise dg.Failure("the run was stopped", allow_retries=False) from stopped
     except FtError as error:
         metadata = {"error": type(error).__name__, "where": error.where or "-", "mend": error.mend or "-"}
         raise dg.Failure(str(error), metadata=metadata, allow_retries=isinstance(error, WorkerDied)) from error
-    except dg.DagsterExecutionInterruptedError as error:
-        raise dg.Failure("the run was asked to end", allow_retries=False) from error
 
 
 def task_named(environment: Environment, name: str) -> Task:

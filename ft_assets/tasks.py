@@ -17,6 +17,7 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 Type = Literal["text-classification", "text-generation", "extraction"]
 Format = Literal["auto", "jsonl", "json", "csv", "tab", "parquet"]
 Layout = Literal["pair", "alpaca", "chat"]
+Priority = Literal["production", "standard", "research"]
 
 
 class SourceSpec(Strict):
@@ -261,6 +262,11 @@ class TaskSpec(Strict):
     tenant: str = Field("default", description="Who owns the task.")
     type: Type = Field(description="What the model does.")
     description: str = Field("", description="One sentence for people.")
+    priority: Priority = Field(
+        "standard",
+        description="Whose runs start first in the queue; a training of less priority is stopped for one that waits, "
+        "and goes on later.",
+    )
     labels: list[str] = Field(
         [], min_length=2, description="text-classification: every label a row may have, in a fixed order."
     )

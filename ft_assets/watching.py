@@ -62,7 +62,7 @@ class State:
         partition = run.tags.get("dagster/partition", run.job_name)
         task = run.tags.get("dagster/partition/task", partition)  # of a day of a task
         succeeded = run.is_success if run.is_finished else None
-        return cls(f"{partition} {run.run_id[:8]}", run.status.value, succeeded, run_id=run.run_id, task=task, **more)
+        return cls(f"{partition} {run.run_id[:8]}", _status(run), succeeded, run_id=run.run_id, task=task, **more)
 
     @property
     def epoch(self) -> int | None:
@@ -187,6 +187,16 @@ class Watched:
             if state.succeeded is not None:
                 return
             time.sleep(max(POLL_SECONDS, 4 * took))
+
+
+def _status(run: "dg.DagsterRun") -> str:
+    """Dagster's word; of a run that was stopped for another one, where it goes on."""
+    from ft_assets.preemption import RESUMED_AS, STATE
+
+    if STATE not in run.tags or run.is_success:
+        return run.status.value
+    resumed = run.tags.get(RESUMED_AS)
+    return f"PREEMPTED, goes on as {resumed[:8]}" if resumed else "PREEMPTED"
 
 
 def watch(watched: Watched, console: "Console", *, once: bool = False) -> State:

@@ -21,6 +21,8 @@ WORKER_VARIABLES = {
     # threads wait actively for microseconds only: many times as fast where other processes want the cores too
     "GOMP_SPINCOUNT": "20000",
 }
+GRACE_SECONDS = 120.0
+"""For the step under way and the checkpoint of a worker that is asked to end."""
 
 
 class WorkerDied(errors.FtError):
@@ -51,6 +53,7 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             FtError: The typed error the worker reported.
             WorkerDied: It ended without reporting anything.
+            DagsterExecutionInterruptedError: The run was stopped; the worker had `GRACE_SECONDS` to save its state.
         """
         try:
             messages = self._launch(context, module, job, processes)
@@ -74,7 +77,7 @@ class Compute(dg.ConfigurableResource):  # type: ignore[type-arg]
         command = ["python", *(several if processes > 1 else []), "-m", module]
         variables = {**Environment.read().variables(), **WORKER_VARIABLES}
         if self.kind == "local":
-            client = dg.PipesSubprocessClient(env=variables)
+            client = dg.PipesSubprocessClient(env=variables, termination_timeout_seconds=GRACE_SECONDS)
             return list(
                 client.run(
                     context=context, command=[sys.executable, *command[1:]], extras={"job": dict(job)}

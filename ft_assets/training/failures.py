@@ -37,6 +37,8 @@ LOG_LINES = 2000
 TRACEBACK_LINES = 60
 CONFIG = "config.yaml"
 FAILURE = "failure.json"
+INTERRUPTED = "interrupted"
+"""Code of a training that was asked to end."""
 RESOURCES = "resources.csv"
 """The file for `Meter(file=...)`: what it holds outlives a worker that is killed."""
 
@@ -68,7 +70,7 @@ def failure_of(error: BaseException, *, checkpoint: str | None = None) -> Failur
     told = error if isinstance(error, FtError) else FtError(str(error), where=_where(error))
     return Failure(
         type=type(error).__name__,
-        code=error.code if isinstance(error, FtError) else "defect",
+        code=error.code if isinstance(error, FtError) else INTERRUPTED if _interrupted(error) else "defect",
         what=told.what,
         where=told.where,
         mend=told.mend,
@@ -253,6 +255,11 @@ def _of_memory(error: BaseException) -> str:
     return f"Memory ran out. {used}{LESS_MEMORY} resources.png shows how memory grew."
 
 
+def _interrupted(error: BaseException) -> bool:
+    # the trainer's own, by name: this module does not import torch
+    return isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted"
+
+
 def _diverged(error: BaseException) -> bool:
     return isinstance(error, TrainingError) and bool(re.search(r"\b(nan|inf|finite)\b", error.what))
 
@@ -298,6 +305,10 @@ SUGGESTIONS: Sequence[tuple[Callable[[BaseException], bool], Callable[[BaseExcep
         ),
     ),
     (lambda error: isinstance(error, WorkerDied), _of_death),
+    (
+        _interrupted,
+        lambda _: "Its run was stopped. Another run of the task on the same rows goes on from what was saved.",
+    ),
     (
         lambda error: isinstance(error, DataError | SourceError),
         lambda _: (

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from ft_resources.compute import GRACE_SECONDS
 from ft_resources.errors import TrainingError
 
 QUIET_SECONDS = 15 * 60.0
 """Without a line, and without work on the GPU, for this long: suspected."""
 BUSY_PERCENT = 10.0
 """GPU utilisation from which it works."""
-GRACE_SECONDS = 120.0
-"""For the step under way and the checkpoint, after which a process that hangs is killed."""
 SAMPLE_SECONDS = 1.0
 
 Verdict = Literal["busy", "suspected", "idle"]

@@ -24,6 +24,8 @@ TRIGGERS = {
 }
 """What starts a run -> the tag of the run that names it."""
 SPLITS = ("train_split", "validation_split")
+CHECKPOINT = "checkpoint"
+"""Kind of the artefacts that a training goes on from, and the first part of the heads that point at them."""
 PLUGIN = "plugin"
 """Key in what something was made from: the plug-in trainer that made it. Adapters have none."""
 

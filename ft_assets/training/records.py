@@ -6,7 +6,9 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
-from ft_assets.training.failures import FAILURE, failure_of, results_folder, write_results
+import dagster as dg
+
+from ft_assets.training.failures import FAILURE, INTERRUPTED, failure_of, results_folder, write_results
 from ft_assets.training.jobs import PLUGIN, made_on
 from ft_assets.training.planning.prices import cost
 from ft_resources.compute import WorkerDied
@@ -24,11 +26,10 @@ USAGE = tuple(field.name for field in fields(Usage))
 def recorded(
     ledger: Ledger, environment: Environment, job: Mapping[str, Any]
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Record the training that runs inside this block, whether it ends with a report or with an error."""
+    """Record the training that runs inside this block: whether it ends with a report, with an error, or is stopped."""
     started = datetime.now(UTC)
-    try:
-        yield lambda report: ledger.record_training(_finished(environment, job, report))
-    except FtError as error:
+
+    def failed(code: str) -> None:
         ledger.record_training(
             TrainingRun(
                 **_identity(job),
@@ -36,9 +37,18 @@ def recorded(
                 status="FAILED",
                 started=started,
                 ended=datetime.now(UTC),
-                error=error.code,
+                error=code,
             )
         )
+
+    try:
+        yield lambda report: ledger.record_training(_finished(environment, job, report))
+    except dg.DagsterExecutionInterruptedError:
+        failed(INTERRUPTED)
+        end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
+        raise
+    except FtError as error:
+        failed(error.code)
         if isinstance(error, WorkerDied):
             end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
             if not told_since(environment, job, started):

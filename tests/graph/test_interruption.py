@@ -58,7 +58,7 @@ def test_an_interrupted_run_does_not_try_its_step_again() -> None:
         ended = job.execute_in_process(instance=instance, raise_on_error=False, run_config=quiet)
     assert not ended.success
     assert tries == [1]
-    assert "the run was asked to end" in str(ended.failure_data_for_node("trained"))
+    assert "the run was stopped" in str(ended.failure_data_for_node("trained"))
 
 
 def steps_told(notes: list[str]) -> list[int]:

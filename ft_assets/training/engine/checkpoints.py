@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ft_assets.training.jobs import CHECKPOINT
 from ft_resources.lake import Lake
 
-KIND = "checkpoint"
 THIS = "this"
 """Stands for a checkpoint's own digest, which it cannot contain."""
 
@@ -76,7 +76,7 @@ class Checkpoints:
             tensors = {name: value.contiguous() for name, value in snapshot.tensors.items()}
             save_file(tensors, folder / "state.safetensors")
             (folder / "progress.json").write_text(json.dumps(stored))
-            digest = self.lake.publish(KIND, folder, {"run": self.key, **_place(snapshot.progress)}).digest
+            digest = self.lake.publish(CHECKPOINT, folder, {"run": self.key, **_place(snapshot.progress)}).digest
         self.lake.set_head(self.task, _name(self.key), digest, self.key)
         before, self.kept = self.kept, {role: digest if name == THIS else name for role, name in roles.items()}
         for outlived in set(before.values()) - set(self.kept.values()):
@@ -84,7 +84,7 @@ class Checkpoints:
 
 
 def _name(key: str) -> str:
-    return f"{KIND}/{key[:32]}"
+    return f"{CHECKPOINT}/{key[:32]}"
 
 
 def _place(progress: dict[str, Any]) -> dict[str, int]:

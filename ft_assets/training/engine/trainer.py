@@ -165,7 +165,7 @@ class Trainer:
         Raises:
             TrainingError: The loss is not finite.
             OutOfMemory: More memory is needed than there is.
-            Interrupted: SIGTERM came; the state is saved.
+            Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         self._resume()
         if self.memory is not None:
@@ -400,14 +400,17 @@ class Trainer:
 
 @contextmanager
 def _ends_politely() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came inside this block: the step under way is finished first."""
+    """Whether SIGTERM came inside this block, or SIGINT: the step under way is finished first."""
     came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
     except ValueError:  # not the main thread: nobody sends it signals
         yield lambda: False
         return
     try:
         yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
