@@ -42,8 +42,8 @@ class Run(pydantic.BaseModel):
     task_id: str = pydantic.Field(description="The same as `run_id`.")
     task: str
     state: str = pydantic.Field(
-        description="`SUBMITTED`, then Dagster's: `STARTING`, `STARTED`, `CANCELING`, `SUCCESS`, `FAILURE`, `CANCELED`; "
-        "`PREEMPTED` of a run that gave way to another one, with the run that goes on once there is one."
+        description="`SUBMITTED`, then Dagster's: `STARTING`, `STARTED`, `CANCELING`, `SUCCESS`, `FAILURE`, "
+        "`CANCELED`, or `PREEMPTED` of a run that gave way to another one, with the run that goes on once there is one."
     )
     succeeded: bool | None = pydantic.Field(description="null while it runs.")
     stage: str = pydantic.Field("", description="Assets that are being made.")
