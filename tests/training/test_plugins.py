@@ -61,6 +61,8 @@ sources:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule:
     """Writes a module with a trainer and returns the module's name."""
     monkeypatch.syspath_prepend(tmp_path)
+    # a later text of equal size, written in the same second, would be taken for what was compiled before
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     name = f"plugged_{tmp_path.name}"
 
     def write(train: str = "pass", answer: str = "np.tile(shares, (len(texts), 1))", text: str = MODULE) -> str:
