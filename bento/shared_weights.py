@@ -48,10 +48,11 @@ def share_weights(name: str, tensors: Iterable[torch.Tensor]) -> Path | None:
             if mapped is None or not _holds(mapped, storages, starts):
                 _write(file, storages)
                 mapped = _map(file, end)
-    except OSError as error:
+            if mapped is None:
+                raise OSError(f"{file} was changed while it was written")
+    except (OSError, RuntimeError) as error:  # torch raises the latter where it cannot map
         logger.warning("this worker has its own copy of the base model: %s", error)
         return None
-    assert mapped is not None
     for tensor in tensors:
         start = starts[tensor.untyped_storage().data_ptr()] // tensor.element_size()
         view = torch.empty(0, dtype=tensor.dtype).set_(
@@ -81,7 +82,10 @@ def _holds(mapped: torch.Tensor, storages: dict[int, torch.UntypedStorage], star
 
 
 def _write(file: Path, storages: dict[int, torch.UntypedStorage]) -> None:
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=".sharing-")
+    prefix = f".{file.name}-"
+    for left in file.parent.glob(f"{prefix}*"):  # by a worker that was killed; the lock is held
+        left.unlink()
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=prefix)
     try:
         with os.fdopen(handle, "wb") as sink:
             for storage in storages.values():

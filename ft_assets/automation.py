@@ -18,12 +18,8 @@ from ft_resources.errors import FtError
 from ft_resources.lake import Artefact, Lake
 from ft_resources.ledger import Ledger
 
-ACTIVE = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-]
+ACTIVE = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, *preemption.AT_WORK]
+"""States of a run that is not over; one that is being canceled may still save its state."""
 REFRESH = timedelta(hours=1)
 """A day is looked at again no sooner than this after labels arrived for it."""
 DAYS_PER_TICK = 3

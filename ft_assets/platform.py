@@ -149,7 +149,9 @@ class Platform(Home):
         return self._runs.submit(task, only=only, because=because, actor=actor)
 
     def cancel(self, run: str, *, actor: str | None = None) -> "State":
-        """Ask a submitted run to end; what it had made until then stays. It takes seconds: follow it with `status`.
+        """Ask a submitted or queued run to end, which takes seconds: follow it with `status`. What it had made stays.
+
+        A run that gave way to another one does not go on then.
 
         Args:
             run: Its id, or the start of one.
@@ -157,7 +159,7 @@ class Platform(Home):
 
         Raises:
             UnknownRun: As of `watched`.
-            CannotCancel: The run is over, was not submitted, or is a process of another machine.
+            CannotCancel: The run is over, was started in a process of its caller, or is a process of another machine.
         """
         return self._runs.cancel(run, actor=actor)
 

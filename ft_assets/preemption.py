@@ -20,7 +20,7 @@ from ft_resources.lake import Lake
 RANKS: Mapping[Priority, int] = {"production": 10, "standard": 0, "research": -10}
 """A task's priority -> tag `dagster/priority` of its runs, by which the queue is sorted."""
 CLASS = 10
-"""A run is stopped only for one whose rank is higher by this: the next priority."""
+"""Ranks of one priority; of those within it the queue alone takes care, such as a retraining's."""
 LONGEST_UNSAVED = 15 * 60.0
 """Seconds: a training that would lose more than this is left to end."""
 MOST_STOPS = 3
@@ -31,12 +31,13 @@ TRAINING = ("search_results", "adapter")
 TRAINING_JOB = "train_and_release"
 PARTITION, RANK = "dagster/partition", "dagster/priority"
 STATE = "ft/preempted"
-"""Tag of a run that was stopped for another one: `stopping`, then `resumed`, or `ended` where it came to its end."""
+"""Tag of a run that was stopped for another one: `STOPPING`, then `resumed`, or `ENDED`: nothing goes on from it."""
+STOPPING, ENDED = "stopping", "ended"
 BY, BECAUSE, RESUMED_AS = "ft/preempted_by", "ft/preempted_because", "ft/resumed_as"
 RESUMES, STOPS = "ft/resumes", "ft/preemptions"
 """Tags of the run that goes on: which run it goes on from, and how often it was stopped altogether."""
 
-ACTIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+AT_WORK = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 """States in which a run holds a place."""
 
 
@@ -96,7 +97,7 @@ def choose(waiting: Sequence[Waiting], working: Sequence[Working], places: int) 
     if places < 0 or not late:
         return "no training waits for a place"
     first = late[0]
-    lower = [one for one in working if first.rank - one.rank >= CLASS and not one.stopping]
+    lower = [one for one in working if first.rank // CLASS > one.rank // CLASS and not one.stopping]
     candidates = [one for one in lower if not _kept(one)]
     if candidates:
         return Choice(min(candidates, key=lambda one: (one.rank, one.unsaved_seconds)), first)
@@ -129,14 +130,14 @@ def rank_of(run: dg.DagsterRun, tasks: Mapping[str, Task]) -> int:
     if told.removeprefix("-").isdigit():
         return int(told)
     task = tasks.get(run.tags.get(PARTITION, ""))
-    return RANKS[task.spec.priority] if task is not None and run.job_name == TRAINING_JOB else 0
+    return RANKS[task.spec.priority] if task is not None else 0
 
 
 def sort_queue(instance: dg.DagsterInstance, tasks: Mapping[str, Task]) -> list[Waiting]:
     """Give every waiting training that has no rank the one of its task, and list the queue, oldest first."""
     queue = []
     for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED]), ascending=True):
-        rank, trains = rank_of(run, tasks), run.job_name == TRAINING_JOB
+        rank, trains = rank_of(run, tasks), run.tags.get(PARTITION) in tasks
         if trains and RANK not in run.tags:
             instance.add_run_tags(run.run_id, {RANK: str(rank)})
         queue.append(Waiting(run.run_id, run.tags.get(PARTITION, run.run_id), rank, trains))
@@ -151,7 +152,7 @@ def at_work(
 
 
 def _active(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
-    return instance.get_runs(dg.RunsFilter(statuses=ACTIVE))
+    return instance.get_runs(dg.RunsFilter(statuses=AT_WORK))
 
 
 def _working(
@@ -163,7 +164,7 @@ def _working(
         for step in instance.get_run_step_stats(run.run_id)
         if step.start_time is not None and step.end_time is None
     ]
-    trains = run.job_name == TRAINING_JOB and bool(under_way)
+    trains = any(step.step_key in TRAINING for step in under_way)
     submission = submissions.find(run.run_id)
     began = min((step.start_time for step in under_way if step.start_time is not None), default=0.0)
     return Working(
@@ -191,11 +192,13 @@ def stop(instance: dg.DagsterInstance, submissions: Submissions, choice: Choice)
     """Mark the victim, and ask it to save its state and end. Returns what was done, for people."""
     run = instance.get_run_by_id(choice.victim.run_id)
     assert run is not None  # it was at work a moment ago
+    if run.is_finished:
+        return f"{choice.victim.key} has ended meanwhile"
     because = (
         f"{choice.by.key} (rank {choice.by.rank}, run {choice.by.run_id[:8]}) takes the place of {choice.victim.key} "
         f"(rank {choice.victim.rank}), which saves its state and goes on later"
     )
-    instance.add_run_tags(run.run_id, {STATE: "stopping", BY: choice.by.run_id, BECAUSE: because})
+    instance.add_run_tags(run.run_id, {STATE: STOPPING, BY: choice.by.run_id, BECAUSE: because})
     instance.report_engine_event(f"Preempted: {because}.", run)
     if run.remote_job_origin is not None:
         instance.run_launcher.terminate(run.run_id)
@@ -211,12 +214,12 @@ def stop(instance: dg.DagsterInstance, submissions: Submissions, choice: Choice)
 def resumptions(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
     """A request for each run that was stopped and has not been asked for again."""
     requests = []
-    for run in instance.get_runs(dg.RunsFilter(tags={STATE: "stopping"})):
+    for run in instance.get_runs(dg.RunsFilter(tags={STATE: STOPPING})):
         if not run.is_finished:
             continue
         again = instance.get_runs(dg.RunsFilter(tags={RESUMES: run.run_id}), limit=1)
         if run.is_success or again:
-            told = {STATE: "resumed", RESUMED_AS: again[0].run_id} if again else {STATE: "ended"}
+            told = {STATE: "resumed", RESUMED_AS: again[0].run_id} if again else {STATE: ENDED}
             instance.add_run_tags(run.run_id, told)
         else:
             requests.append(_resumption(instance, run))

@@ -100,19 +100,34 @@ class Runs:
 
     def cancel(self, run: str, *, actor: str | None) -> "State":
         """See `Platform.cancel`."""
+        import dagster as dg
+
+        from ft_assets import preemption
+
         state, submission, actor = self.status(run), self._submissions.find(run), actor or self._home.environment.actor
-        if state.succeeded is not None or submission is None:
+        instance, begun = self._home.instance, self._home.instance.get_run_by_id(state.run_id)
+        waits = begun is not None and begun.tags.get(preemption.STATE) == preemption.STOPPING
+        over, queued = state.succeeded is not None, begun is not None and begun.remote_job_origin is not None
+        if (over and not waits) or (not over and submission is None and not queued):
             raise CannotCancel(
-                f"run {state.run_id} is over" if submission else f"run {state.run_id} was not submitted",
+                f"run {state.run_id} is over" if over else f"run {state.run_id} was neither submitted nor queued",
                 where=f"task {state.task}",
-                mend="There is nothing to cancel." if submission else "End it where it was started, or in the UI.",
+                mend="There is nothing to cancel." if over else "End it where it was started.",
             )
-        begun = self._home.instance.get_run_by_id(submission.run_id)
-        if begun is not None:
-            self._home.instance.report_run_canceling(begun, f"Canceled by {actor}.")
-        submission.cancel(actor)
-        self._home.ledger.audit(actor, "cancel", submission.task, submission.run_id, {})
-        return self.status(submission.run_id)
+        if begun is not None and waits:  # nothing goes on from it
+            instance.add_run_tags(begun.run_id, {preemption.STATE: preemption.ENDED})
+        if not over:
+            if submission is not None:
+                submission.process_here()
+                if begun is not None:
+                    instance.report_run_canceling(begun, f"Canceled by {actor}.")
+                submission.cancel(actor)
+            elif begun is not None and begun.status == dg.DagsterRunStatus.QUEUED:
+                instance.report_run_canceled(begun, f"Canceled by {actor}.")
+            elif begun is not None:
+                instance.run_launcher.terminate(begun.run_id)
+        self._home.ledger.audit(actor, "cancel", state.task, state.run_id, {})
+        return self.status(state.run_id)
 
     def status(self, run: str) -> "State":
         """See `Platform.status`."""

@@ -77,8 +77,8 @@ class Submission:
         except psutil.NoSuchProcess:
             return None
 
-    def cancel(self, actor: str) -> None:
-        """Ask its process to end, which takes seconds, and keep who asked.
+    def process_here(self) -> psutil.Process:
+        """The process to end.
 
         Raises:
             CannotCancel: It has ended, or is another machine's.
@@ -90,6 +90,15 @@ class Submission:
                 where=f"task {self.task}",
                 mend="There is nothing to cancel." if self.is_here else "Cancel it there.",
             )
+        return process
+
+    def cancel(self, actor: str) -> None:
+        """Ask its process to end, which takes seconds, and keep who asked.
+
+        Raises:
+            CannotCancel: It has ended, or is another machine's.
+        """
+        process = self.process_here()
         _write(self.log.parent / CANCELLATION, {"actor": actor, "at": datetime.now(UTC).isoformat()})
         with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             process.terminate()

@@ -55,6 +55,8 @@ class State:
     task: str = ""
     failure: str = ""
     """Why a run ended that never began."""
+    resumed_as: str = ""
+    """Of a run that gave way to another one: the run that goes on."""
 
     @classmethod
     def of(cls, run: "dg.DagsterRun", **more: Any) -> "State":
@@ -62,7 +64,8 @@ class State:
         partition = run.tags.get("dagster/partition", run.job_name)
         task = run.tags.get("dagster/partition/task", partition)  # of a day of a task
         succeeded = run.is_success if run.is_finished else None
-        return cls(f"{partition} {run.run_id[:8]}", _status(run), succeeded, run_id=run.run_id, task=task, **more)
+        name, resumed_as = f"{partition} {run.run_id[:8]}", run.tags.get("ft/resumed_as", "")
+        return cls(name, _status(run), succeeded, run_id=run.run_id, task=task, resumed_as=resumed_as, **more)
 
     @property
     def epoch(self) -> int | None:
@@ -191,9 +194,9 @@ class Watched:
 
 def _status(run: "dg.DagsterRun") -> str:
     """Dagster's word; of a run that was stopped for another one, where it goes on."""
-    from ft_assets.preemption import RESUMED_AS, STATE
+    from ft_assets.preemption import ENDED, RESUMED_AS, STATE
 
-    if STATE not in run.tags or run.is_success:
+    if run.tags.get(STATE, ENDED) == ENDED or run.is_success:
         return run.status.value
     resumed = run.tags.get(RESUMED_AS)
     return f"PREEMPTED, goes on as {resumed[:8]}" if resumed else "PREEMPTED"

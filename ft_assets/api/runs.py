@@ -57,6 +57,7 @@ class Run(pydantic.BaseModel):
     metrics: dict[str, float | None] = pydantic.Field({}, description="Newest value of each metric of the training.")
     refusals: list[str] = pydantic.Field([], description="Blocking checks that failed, as `asset.check: reason`.")
     failure: str = pydantic.Field("", description="What the failed step said.")
+    resumed_as: str = pydantic.Field("", description="Of a run that gave way to another one: the run that goes on.")
 
 
 class Runs(pydantic.BaseModel):
@@ -115,7 +116,7 @@ def task(task_id: str, request: Request) -> Run:
 
 @router.post("/runs/{run_id}/cancel", status_code=202, summary="Cancel a run", responses=errors(404, 409))
 def cancel(run_id: str, request: Request) -> Run:
-    """Ask a submitted run to end; what it had made until then stays. It takes an owner of the task, and seconds.
+    """Ask a submitted or queued run to end, which takes seconds; what it had made stays. Takes an owner of the task.
 
     The next run of the task goes on from the training's last checkpoint.
     """
@@ -176,6 +177,7 @@ def told(state: State) -> Run:
         epochs=state.epochs,
         metrics={name: finite(value) for name, value in sorted(state.metrics.items())},
         failure=state.failure,
+        resumed_as=state.resumed_as,
     )
 
 

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 
 from ft_assets import automation, preemption
 from ft_assets.definitions import defs
-from ft_assets.platform import TRAINING_ASSETS, Platform
+from ft_assets.platform import TRAINING_ASSETS, Platform, PlatformBusy
 from ft_assets.preemption import Choice, Waiting, Working, choose
+from ft_assets.submitting import CannotCancel
 from ft_resources.base_models import resolve
 from ft_resources.environments import REPOSITORY
 from tests.graph.small_task import open_home
@@ -59,6 +60,10 @@ SHOP = Waiting("p", "shop", 10)
         ([STUDY, replace(STUDY, run_id="t", key="other", unsaved_seconds=5)], "t"),  # then the least to lose
         ([replace(STUDY, assets=("search_results",))], "s"),
         ([replace(STUDY, rank=0)], "s"),
+        (
+            [replace(STUDY, rank=1)],
+            "s",
+        ),  # a retraining comes before other runs of its priority, not before a higher one
     ],
 )
 def test_who_gives_way(working: list[Working], victim: str) -> None:
@@ -248,6 +253,23 @@ def test_what_was_not_made_is_asked_for_again_once(platform: Platform) -> None:
     assert run_of(platform, outcome.run_id).tags[preemption.STATE] == "resumed"
 
 
+def test_a_run_that_is_canceled_while_it_gives_way_is_not_asked_for_again(platform: Platform) -> None:
+    run = asked(platform, "study", {preemption.STATE: preemption.STOPPING, preemption.BY: "x"})
+    platform.instance.report_run_canceled(run_of(platform, run))
+    assert platform.status(run).state == "PREEMPTED"
+    assert platform.cancel(run).state == "CANCELED"
+    assert tick(platform) == "no run waits"
+    with pytest.raises(CannotCancel, match="is over"):
+        platform.cancel(run)
+
+
+def test_a_run_that_is_being_canceled_keeps_its_task_busy(platform: Platform) -> None:
+    run = run_of(platform, asked(platform, "study"))
+    platform.instance.report_run_canceling(run)
+    with pytest.raises(PlatformBusy, match=run.run_id):
+        platform.materialise("study")
+
+
 def test_a_submitted_training_is_stopped_and_goes_on_to_the_same_bytes(platform: Platform) -> None:
     platform.environment.export()
     study = platform.submit("study", only=TRAINING_ASSETS, because="a test")
@@ -268,7 +290,7 @@ def test_a_submitted_training_is_stopped_and_goes_on_to_the_same_bytes(platform:
     (request,) = tick(platform)
     assert isinstance(request, dg.RunRequest) and request.asset_selection is not None
     assert [key.to_user_string() for key in request.asset_selection] == ["adapter"]
-    platform.instance.report_run_canceled(run_of(platform, shop))
+    assert platform.cancel(shop).state == "CANCELED", "from the queue"
     outcome = platform.materialise("study", only=["adapter"])
     assert outcome.succeeded, outcome
     assert went_on_where_it_was_saved(platform, study, outcome.run_id)
