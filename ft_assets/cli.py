@@ -150,9 +150,9 @@ def status(
 
 @app.command()
 def cancel(
-    run: Annotated[str, typer.Argument(help="Id of a submitted run, or its start.")], home: HomeOption = None
+    run: Annotated[str, typer.Argument(help="Id of a submitted or queued run, or its start.")], home: HomeOption = None
 ) -> None:
-    """Ask a run of ft run --detach to end. What it had made stays, and the next run goes on from its checkpoint."""
+    """Ask a submitted or queued run to end. What it had made stays, and the next run goes on from its checkpoint."""
     with told():
         from ft_assets.watching import line
 

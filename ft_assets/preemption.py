@@ -200,14 +200,8 @@ def stop(instance: dg.DagsterInstance, submissions: Submissions, choice: Choice)
     )
     instance.add_run_tags(run.run_id, {STATE: STOPPING, BY: choice.by.run_id, BECAUSE: because})
     instance.report_engine_event(f"Preempted: {because}.", run)
-    if run.remote_job_origin is not None:
-        instance.run_launcher.terminate(run.run_id)
-        return because
-    submission = submissions.find(run.run_id)
-    if submission is not None:
-        instance.report_run_canceling(run)
-        with suppress(CannotCancel):  # it has ended meanwhile
-            submission.cancel(f"run {choice.by.run_id[:8]}")
+    with suppress(CannotCancel):  # it has ended meanwhile
+        submissions.end(instance, run, f"run {choice.by.run_id[:8]}")
     return because
 
 

@@ -100,8 +100,6 @@ class Runs:
 
     def cancel(self, run: str, *, actor: str | None) -> "State":
         """See `Platform.cancel`."""
-        import dagster as dg
-
         from ft_assets import preemption
 
         state, submission, actor = self.status(run), self._submissions.find(run), actor or self._home.environment.actor
@@ -116,16 +114,10 @@ class Runs:
             )
         if begun is not None and waits:  # nothing goes on from it
             instance.add_run_tags(begun.run_id, {preemption.STATE: preemption.ENDED})
-        if not over:
-            if submission is not None:
-                submission.process_here()
-                if begun is not None:
-                    instance.report_run_canceling(begun, f"Canceled by {actor}.")
-                submission.cancel(actor)
-            elif begun is not None and begun.status == dg.DagsterRunStatus.QUEUED:
-                instance.report_run_canceled(begun, f"Canceled by {actor}.")
-            elif begun is not None:
-                instance.run_launcher.terminate(begun.run_id)
+        if not over and begun is not None:
+            self._submissions.end(instance, begun, actor)
+        elif not over and submission is not None:
+            submission.cancel(actor)
         self._home.ledger.audit(actor, "cancel", state.task, state.run_id, {})
         return self.status(state.run_id)
 

@@ -15,13 +15,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from filelock import FileLock
 
 from ft_resources.environments import CREDENTIALS, REPOSITORY, Environment
 from ft_resources.errors import FtError
+
+if TYPE_CHECKING:
+    import dagster as dg
 
 REQUEST = "request.json"
 CANCELLATION = "cancellation.json"
@@ -166,6 +169,22 @@ class Submissions:
             return _read(file) if file.exists() else None
         found = [one for one in self.all() if one.run_id.startswith(start)] if start else []
         return found[0] if len(found) == 1 else None
+
+    def end(self, instance: "dg.DagsterInstance", run: "dg.DagsterRun", actor: str) -> None:
+        """Ask a run that was submitted, or that Dagster's queue starts, to end, which takes seconds.
+
+        Raises:
+            CannotCancel: As of `Submission.cancel`; the run stays as it is.
+        """
+        submission = self.find(run.run_id)
+        if submission is not None:
+            submission.process_here()  # looked at first: a run is not called canceling that nobody ends
+            instance.report_run_canceling(run, f"Canceled by {actor}.")
+            submission.cancel(actor)
+        elif run.status.value == "QUEUED":
+            instance.report_run_canceled(run, f"Canceled by {actor}.")
+        else:
+            instance.run_launcher.terminate(run.run_id)
 
     def all(self) -> Iterator[Submission]:
         """Every submission, newest first."""

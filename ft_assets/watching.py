@@ -61,10 +61,12 @@ class State:
     @classmethod
     def of(cls, run: "dg.DagsterRun", **more: Any) -> "State":
         """What Dagster knows of a run, and `more`."""
+        from ft_assets.preemption import RESUMED_AS
+
         partition = run.tags.get("dagster/partition", run.job_name)
         task = run.tags.get("dagster/partition/task", partition)  # of a day of a task
         succeeded = run.is_success if run.is_finished else None
-        name, resumed_as = f"{partition} {run.run_id[:8]}", run.tags.get("ft/resumed_as", "")
+        name, resumed_as = f"{partition} {run.run_id[:8]}", run.tags.get(RESUMED_AS, "")
         return cls(name, _status(run), succeeded, run_id=run.run_id, task=task, resumed_as=resumed_as, **more)
 
     @property

@@ -235,7 +235,6 @@ class Trainer:
     def _end_epoch(self, seconds: float) -> None:
         with nullcontext() if self._average is None else self._average.instead():
             outputs = self._outputs_on(self.validation)
-            learned = {name: weight.detach().clone() for name, weight in self.weights.items()}
         measured = self.learner.measured(outputs, self.validation) if len(self.validation) else {"loss": 0.0}
         score = self.learner.score(measured) if len(self.validation) else (float(self.at.epoch),)
         history = self.history
@@ -244,7 +243,8 @@ class Trainer:
         history.validation.append(measured)
         if better:
             history.best_epoch, self.at.stale = self.at.epoch, 0
-            self._best = learned, outputs
+            learned = self.weights if self._average is None else self._average.tensors
+            self._best = {name: weight.detach().clone() for name, weight in learned.items()}, outputs
         else:
             self.at.stale += 1
         self.at.epoch, self.at.batch, self.at.seconds = self.at.epoch + 1, 0, 0.0
