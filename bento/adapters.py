@@ -17,7 +17,8 @@ from bento.routing import BakedRelease
 from ft_resources.base_models import BaseModel, resolve
 from ft_resources.environments import ADAPTER_MEMORY_MB
 from ft_resources.errors import ArtefactError, ServiceError
-from ft_resources.lake import Lake, file_hashes
+from ft_resources.files import file_hashes
+from ft_resources.lake import Lake
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20

@@ -106,11 +106,12 @@ def retraining(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.
 )
 def priorities(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
     environment, instance = Environment.read(), context.instance
-    tasks, _ = TaskFolders(environment.task_folders).load()
-    waiting, requests = preemption.sort_queue(instance, tasks), preemption.resumptions(instance)
-    queue = instance.get_concurrency_config().run_queue_config
-    if queue is None or not waiting:
+    queue, requests = instance.get_concurrency_config().run_queue_config, preemption.resumptions(instance)
+    queued = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED]), ascending=True)
+    if queue is None or not queued:
         return requests or dg.SkipReason("no run waits")
+    tasks, _ = TaskFolders(environment.task_folders).load()
+    waiting = preemption.sort_queue(instance, queued, tasks)
     submissions = Submissions(environment)
     working = preemption.at_work(instance, tasks, Lake(environment.lake), submissions)
     choice = preemption.choose(waiting, working, queue.max_concurrent_runs)

@@ -71,7 +71,7 @@ class Follower:
         seconds = entry.timestamp - self._first
         event = entry.dagster_event
         if event is None:
-            note = entry.level == logging.INFO and not entry.user_message.startswith("[pipes]")
+            note = entry.level in (logging.INFO, logging.WARNING) and not entry.user_message.startswith("[pipes]")
             return Line("note", entry.step_key or "", entry.user_message, seconds) if note else None
         kind = event.event_type_value
         if kind == "ASSET_MATERIALIZATION":

@@ -133,10 +133,12 @@ def rank_of(run: dg.DagsterRun, tasks: Mapping[str, Task]) -> int:
     return RANKS[task.spec.priority] if task is not None else 0
 
 
-def sort_queue(instance: dg.DagsterInstance, tasks: Mapping[str, Task]) -> list[Waiting]:
-    """Give every waiting training that has no rank the one of its task, and list the queue, oldest first."""
+def sort_queue(
+    instance: dg.DagsterInstance, queued: Sequence[dg.DagsterRun], tasks: Mapping[str, Task]
+) -> list[Waiting]:
+    """Give every run in the queue that trains and has no rank the one of its task, and list the queue in its order."""
     queue = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED]), ascending=True):
+    for run in queued:
         rank, trains = rank_of(run, tasks), run.tags.get(PARTITION) in tasks
         if trains and RANK not in run.tags:
             instance.add_run_tags(run.run_id, {RANK: str(rank)})

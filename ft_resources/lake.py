@@ -27,6 +27,7 @@ import fsspec
 import pandas as pd
 
 from ft_resources.errors import ArtefactError
+from ft_resources.files import flush, flush_folder, sha256, walk
 
 MANIFEST = "manifest.json"
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -112,7 +113,7 @@ class Lake:
         Raises:
             ArtefactError: The disk is full or not writable. Nothing half-written is ever visible.
         """
-        files = {name: {"sha256": _sha256(path), "size": path.stat().st_size} for name, path in _walk(folder)}
+        files = {name: {"sha256": sha256(path), "size": path.stat().st_size} for name, path in walk(folder)}
         if not files:
             raise ArtefactError(
                 f"refusing to publish an empty {kind}", where=str(folder), mend="Write its files first."
@@ -152,12 +153,12 @@ class Lake:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with (folder / name).open("rb") as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-                    _flush(sink)
+                    flush(sink)
             with (aside / MANIFEST).open("wb") as sink:
                 sink.write(manifest)
-                _flush(sink)
+                flush(sink)
             for inside in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
-                _flush_folder(inside)
+                flush_folder(inside)
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.exists() and self._intact(digest) is None:  # set it aside rather than mix two
                 with suppress(FileNotFoundError):  # someone else just did
@@ -167,7 +168,7 @@ class Lake:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # someone else just published the same
                     raise
-            _flush_folder(final.parent)
+            flush_folder(final.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -231,7 +232,7 @@ class Lake:
         manifest = json.loads(content)
         for name, entry in manifest["files"].items():
             try:
-                intact = _sha256(folder / name) == entry["sha256"]
+                intact = sha256(folder / name) == entry["sha256"]
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 intact = False
             except OSError as error:
@@ -311,6 +312,13 @@ class Lake:
         with self._writing("pointer", digest):
             self._write(self._head(task, asset), canonical(head))
 
+    def move_head(self, task: str, asset: str, other: str, run_id: str) -> None:
+        """Let `other` of `task` point where `asset` does, and `asset` nowhere; without that head nothing changes."""
+        head = self._pointer(task, asset)
+        if head is not None:
+            self.set_head(task, other, head["digest"], run_id)
+            self._fs.rm_file(self._head(task, asset))
+
     def head(self, task: str, asset: str) -> Artefact | None:
         """The artefact that `asset` of `task` points at, verified; None before its first materialisation."""
         head = self._pointer(task, asset)
@@ -382,7 +390,7 @@ class Lake:
         try:
             with aside.open("wb") as sink:
                 sink.write(content)
-                _flush(sink)
+                flush(sink)
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
@@ -413,30 +421,3 @@ def _unreadable(digest: str, folder: Path, name: str, error: OSError) -> Artefac
 def _stored(value: Mapping[str, Any]) -> Any:
     """`value` as a manifest gives it back: tuples are lists there."""
     return json.loads(canonical(dict(value)))
-
-
-def _walk(folder: Path) -> list[tuple[str, Path]]:
-    return sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`, in hexadecimal, by its path in it."""
-    return {name: _sha256(path) for name, path in _walk(folder)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

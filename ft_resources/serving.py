@@ -22,7 +22,8 @@ from ft_resources import images
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import REPOSITORY, Environment
 from ft_resources.errors import ServiceError
-from ft_resources.lake import digest_of, file_hashes
+from ft_resources.files import file_hashes
+from ft_resources.lake import digest_of
 
 SERVICE = "bento.service:AdapterService"
 CODE = ("bento", "ft_resources")

@@ -1,6 +1,5 @@
 """Stage 2: the trials that were asked for, and the adapter trained with the best of them."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,18 @@ from ft_assets.tasks import Task
 from ft_assets.training.continuing import check_incremental, parent_of
 from ft_assets.training.failures import CONFIG, results_folder
 from ft_assets.training.identity import TRAINER
-from ft_assets.training.jobs import PLUGIN, inputs_of, job, made_from, trace_record, traced
-from ft_assets.training.recipes import Merged, Plugged, of_transformers, require_published, resolve, with_values
+from ft_assets.training.jobs import PLUGIN, checkpoint_of, inputs_of, job, key_of, made_from, trace_record, traced
+from ft_assets.training.recipes import (
+    Merged,
+    Plugged,
+    Settings,
+    of_transformers,
+    require_published,
+    resolve,
+    with_values,
+)
 from ft_assets.training.records import recorded
-from ft_assets.training.relief import relieved
+from ft_assets.training.relief import Relief, reliefs_of, relieved, under
 from ft_assets.training.searching import plots as search_plots
 from ft_assets.training.searching import trials as search
 from ft_resources.compute import Compute
@@ -29,9 +36,8 @@ from ft_resources.ledger import Ledger
 
 GROUP = "2_training"
 WORKER = "ft_assets.training.worker"
-RELIEF = "memory_relief"
-"""Artefact: what was changed of settings that need more memory than there is."""
-RELIEVED = "after running out of memory"
+MEMORY_RELIEF, RELIEF_FILE = "memory_relief", "relief.json"
+"""Artefact, and its file: how a training goes on that needs more memory than there is."""
 SEARCH_WORKER = "ft_assets.training.searching.worker"
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2, backoff=dg.Backoff.EXPONENTIAL)
 """For a worker that died; a typed error forbids them."""
@@ -126,6 +132,11 @@ def adapter(
                 "settings": dg.MetadataValue.json(artefact.made_from["settings"]),
                 "trace_record": dg.MetadataValue.json(_trace(context, chosen, config)),
                 **({"parent": parent} if (parent := artefact.made_from.get("parent")) else {}),
+                **(
+                    {"memory_relief": "; ".join(map(str, reliefs))}
+                    if (reliefs := reliefs_of(artefact.made_from))
+                    else {}
+                ),
                 "origins": dg.MetadataValue.json(dict(chosen.origins)),
                 "mlflow": f"experiment ft/{task.name}, run with tag adapter {artefact.digest}; see it with: ft mlflow",
             },
@@ -204,20 +215,21 @@ def _train(
 ) -> tuple[Artefact, Mapping[str, Any]]:
     """The adapter of these settings and rows, and the worker's report; an empty one when it was made before.
 
-    Out of memory the training is planned anew, with the same rows per step in smaller parts. It begins anew as well: an
-    adapter is a function of its settings, and half of a training under each of two would be one of neither. What was
-    changed is remembered, so that the next run does not run out of memory first.
+    Out of memory the training is planned anew, with the same rows per step in smaller parts, and goes on from its last
+    checkpoint. From which step on it went on how is part of what the adapter is made from, and so it can be made again;
+    it is remembered, so that the next run does not run out of memory first.
     """
+    reliefs = list[Relief]()
     while True:
-        made = _made(context, lake, ledger, environment, task, resolved, inputs)
+        made = under(_made(context, lake, ledger, environment, task, resolved, inputs), reliefs)
         found = lake.find("adapter", made)
         if found is not None:
             context.log.info(f"adapter {short(found.digest)} is reused: the same rows and settings made it before")
             return found, {}
-        relief = {**made, "memory_gb": environment.memory_gb}
-        known = lake.find(RELIEF, relief)
+        needed = {**made, "memory_gb": environment.memory_gb}
+        known = lake.find(MEMORY_RELIEF, needed)
         if known is not None:
-            resolved = with_values(resolved, known.json("values.json"), RELIEVED)
+            reliefs.append(Relief.model_validate(known.json(RELIEF_FILE)))
             continue
         described = job(made, resolved, environment, context.run.run_id)
         folder = results_folder(environment, task.name, described["run_name"])
@@ -229,9 +241,25 @@ def _train(
                 record(report)
             return lake.open(report["adapter"]), report
         except OutOfMemory as error:
-            settings = of_transformers(resolved).settings
-            changed = relieved(settings, settings.base.max_tokens, settings.training.batch_size)
-            context.log.warning(f"{error} Trained again with {changed}: the same rows per step, in smaller parts.")
-            with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
-                (Path(scratch) / "values.json").write_text(json.dumps(changed))
-                lake.publish(RELIEF, Path(scratch), relief)
+            relief = _relieve(lake, described, of_transformers(resolved).settings, reliefs, needed)
+            context.log.warning(f"{error} It goes on {relief}: the same rows per step, in smaller parts.")
+
+
+def _relieve(
+    lake: Lake, job: Mapping[str, Any], settings: Settings, reliefs: list[Relief], needed: Mapping[str, Any]
+) -> Relief:
+    """Remember how the training of `job` goes on, and hand its last checkpoint over to the one that does.
+
+    Args:
+        reliefs: Those it had already.
+        needed: Under which it is found again.
+    """
+    made, head = job["made_from"], checkpoint_of(job["key"])
+    saved = lake.head(made["task"], head)
+    step = saved.made_from["step"] if saved else 0
+    relief = relieved(settings, reliefs, step, settings.base.max_tokens, settings.training.batch_size)
+    with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
+        (Path(scratch) / RELIEF_FILE).write_text(relief.model_dump_json())
+        lake.publish(MEMORY_RELIEF, Path(scratch), needed)
+    lake.move_head(made["task"], head, checkpoint_of(key_of(under(made, [*reliefs, relief]))), job["key"])
+    return relief

@@ -30,6 +30,11 @@ PLUGIN = "plugin"
 """Key in what something was made from: the plug-in trainer that made it. Adapters have none."""
 
 
+def checkpoint_of(key: str) -> str:
+    """The head of the checkpoint that the training with this key goes on from."""
+    return f"{CHECKPOINT}/{key[:32]}"
+
+
 def inputs_of(lake: Lake, task: Task) -> dict[str, str]:
     """Digests of the splits a training reads."""
     return {split: lake.require(task.name, split).digest for split in SPLITS}
@@ -72,13 +77,18 @@ def made_from(task: Task, merged: Merged, inputs: Mapping[str, str], environment
     }
 
 
+def key_of(made: Mapping[str, Any]) -> str:
+    """The key of the training of what is made from this."""
+    return digest_of(dict(made))
+
+
 def job(made: Mapping[str, Any], merged: Merged, environment: Environment, dagster_run: str) -> dict[str, Any]:
     """What the worker gets.
 
     Args:
         made: What the adapter is made from.
     """
-    key = digest_of(dict(made))
+    key = key_of(made)
     return {
         "made_from": dict(made),
         "key": key,

@@ -10,10 +10,12 @@ from typing import Any
 from ft_assets.training.identity import RUNNER, TRAINER, environment_of_plugin, environment_of_training
 from ft_assets.training.jobs import PLUGIN
 from ft_assets.training.recipes import Settings
+from ft_assets.training.relief import reliefs_of
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import ArtefactError
-from ft_resources.lake import Artefact, Lake, file_hashes, short
+from ft_resources.files import file_hashes
+from ft_resources.lake import Artefact, Lake, short
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "head.safetensors")
 LOSS_TOLERANCE = 1e-3
@@ -113,6 +115,7 @@ def reproduce(
             describe={name: about[name] for name in DESCRIBED if name in about},
             device=environment.device,
             memory=memory_of(environment),
+            relief=reliefs_of(made),
             parent=parent.folder if parent else None,
             on_step=lambda step: show(
                 f"step {step.step}/{step.steps}, loss {step.loss:.4f}, about {step.eta_seconds:.0f} s left"

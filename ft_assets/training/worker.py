@@ -16,6 +16,7 @@ from ft_assets.training.idle import IdleWatch, reclaimed_when_idle
 from ft_assets.training.jobs import PLUGIN, made_on
 from ft_assets.training.plugins.worker import train as train_plugin
 from ft_assets.training.recipes import Settings
+from ft_assets.training.relief import reliefs_of
 from ft_assets.training.reporting import Log, Reporter, expected_device
 from ft_assets.worker import Progress, is_leader, serve
 from ft_resources.base_models import resolve
@@ -106,6 +107,7 @@ def _train(job: Mapping[str, Any], tracked: TrackedRun | None, log: Log) -> dict
             checkpoints=Checkpoints(lake, made["task"], job["key"]),
             world=world,
             memory=memory_of(environment) // world.size,
+            relief=reliefs_of(made),
             parent=parent.folder if parent else None,
             on_step=reporter.step,
             on_epoch=reporter.epoch,

@@ -18,7 +18,8 @@ from bento.route_watcher import Routes, RouteWatcher
 from bento.routing import read_baked
 from bento.scorer import Scorer
 from ft_resources.errors import ArtefactError, RequestError, ServiceError
-from ft_resources.lake import Lake, file_hashes
+from ft_resources.files import file_hashes
+from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 
 TEXT = "Please find the invoice attached."

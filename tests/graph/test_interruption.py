@@ -11,7 +11,9 @@ import pytest
 
 from ft_assets.following import Line
 from ft_assets.materialising import typed_failures
-from ft_assets.platform import TRAINING_ASSETS
+from ft_assets.platform import TRAINING_ASSETS, Platform
+from ft_assets.training.relief import reliefs_of
+from ft_resources.environments import Environment
 from tests.graph.small_task import TASK, TASK_FILE, Built, open_home, write_task
 
 WEIGHTS = ("adapter_model.safetensors", "head.safetensors", "training.json")
@@ -91,3 +93,36 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     assert after[0] > before[0], "it began anew instead of going on"
     statuses = platform.experiments(TASK)["status"].tolist()
     assert sorted(statuses) == ["FAILED"] * times + ["FINISHED"]
+
+
+LATE = TASK_FILE.replace("max_tokens: 48", "max_tokens: 128").replace(
+    "epochs: 1,", "epochs: 2, batch_size: 64, first_epoch_tokens: 8, checkpoint_minutes: 0.001,"
+)
+"""The small task with little memory at first: whole texts come in the second epoch only."""
+
+
+def test_a_training_that_runs_out_of_memory_goes_on_in_smaller_parts(
+    built: Built, tmp_path: Path, training_mails: pd.DataFrame
+) -> None:
+    small = open_home(built.home).experiments(TASK)["peak_memory_bytes"].max()
+    limit = {"FT_TASKS": str(tmp_path / "home" / "tasks"), "FT_MEMORY_GB": str(small / 1e9 + 0.6)}
+    platform = Platform(Environment.read(limit, home=tmp_path / "home"))
+    platform.add_task(write_task(tmp_path / "mine", LATE, training_mails))
+    notes = list[str]()
+    outcome = platform.materialise(TASK, only=TRAINING_ASSETS, show=lambda line: notes.append(line.text))
+    assert outcome.succeeded, (outcome, notes)
+    relieved = [note for note in notes if "needs more memory than there is" in note and "goes on after step" in note]
+    assert relieved, "\n".join(notes)
+    adapter = platform.lake.require(TASK, "adapter")
+    reliefs = reliefs_of(adapter.made_from)
+    steps = len(adapter.json("training.json")["loss"])
+    assert len(reliefs) == len(relieved)
+    assert all(steps // 2 <= relief.after_step < steps for relief in reliefs), "it began anew in place of going on"
+    told = steps_told(notes)
+    assert told == sorted(told)
+    assert sorted(platform.experiments(TASK)["status"]) == ["FAILED"] * len(reliefs) + ["FINISHED"]
+    again = platform.materialise(TASK, only=TRAINING_ASSETS, show=lambda line: notes.append(line.text))
+    assert again.succeeded
+    assert any("is reused" in note for note in notes)
+    repeated = open_home(tmp_path / "home").reproduce(adapter.digest)  # with all memory there is
+    assert repeated.identical, repeated.verdict

@@ -13,7 +13,7 @@ from ft_assets.evaluation.report import EvalReport
 from ft_assets.platform import Platform
 from ft_assets.training import recipes
 from ft_resources.errors import GateRefusal, SpecError
-from ft_resources.lake import file_hashes
+from ft_resources.files import file_hashes
 from ft_resources.tracking import trainings
 from tests.graph.small_task import TASK, TASK_FILE, open_home, write_task
 

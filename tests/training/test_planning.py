@@ -19,9 +19,9 @@ from ft_assets.training.jobs import inputs_of, made_from
 from ft_assets.training.planning.cost_model import Counts, Observation, calibrate, rates
 from ft_assets.training.planning.plan import plan, render
 from ft_assets.training.planning.workloads import measure, rows_of, run_entry, task_made
-from ft_assets.training.recipes import Settings, with_values
 from ft_assets.training.recipes import resolve as resolve_recipe
-from ft_assets.training.relief import SMALLEST_PART, relieved
+from ft_assets.training.recipes import with_values
+from ft_assets.training.relief import SMALLEST_PART, Relief, reliefs_of, relieved, under
 from ft_resources.base_models import resolve
 from ft_resources.environments import Environment
 from ft_resources.errors import TrainingError
@@ -29,12 +29,6 @@ from ft_resources.lake import Lake
 from ft_resources.ledger import Ledger
 from ft_resources.training_runs import TrainingRun
 from tests.training.small import LABELS, settings, texts
-
-
-def with_changes(before: Settings, changes: dict[str, int | bool]) -> Settings:
-    training = {path.removeprefix("training."): value for path, value in changes.items()}
-    return before.model_copy(update={"training": before.training.model_copy(update=training)})
-
 
 # -- the plan of a task -------------------------------------------------------------------------------------------
 
@@ -213,24 +207,36 @@ def test_calibration_learns_a_slow_machine_and_ignores_one_run_that_was_disturbe
 
 @pytest.mark.parametrize(("batch", "rows", "longest"), [(16, 5000, 900), (64, 40, 8192), (4, 10_000, 100), (1, 1, 3)])
 def test_relief_shrinks_the_passes_then_recomputes_then_ends(batch: int, rows: int, longest: int) -> None:
-    now = settings("base", base={"max_tokens": 4096}, training={"batch_size": batch})
-    seen: list[dict[str, int | bool]] = []
-    while not now.training.gradient_checkpointing:
-        seen.append(relieved(now, longest, rows))
-        now = with_changes(now, seen[-1])
+    told = settings("base", base={"max_tokens": 4096}, training={"batch_size": batch})
+    seen: list[Relief] = []
+    while not (seen and seen[-1].gradient_checkpointing):
+        seen.append(relieved(told, seen, len(seen), longest, rows))
         assert len(seen) < 20
     with pytest.raises(TrainingError, match=r"Lower base.max_tokens \(4096\)"):
-        relieved(now, longest, rows)
-    budgets = [change["training.micro_batch_tokens"] for change in seen[:-1]]
+        relieved(told, seen, len(seen), longest, rows)
+    budgets = [relief.micro_batch_tokens for relief in seen[:-1]]
     assert budgets == sorted(set(budgets), reverse=True)
     assert all(before >= 2 * after or after == max(8, min(longest, 4096)) for before, after in pairwise(budgets))
     assert all(budget <= SMALLEST_PART // 2 or budget == min(longest, 4096) for budget in budgets)
-    assert seen[-1] == {"training.gradient_checkpointing": True}
-    assert now.training.batch_size == batch
+    assert [relief.after_step for relief in seen] == list(range(len(seen)))
+
+
+def test_relief_begins_with_what_the_settings_say() -> None:
+    told = settings("base", training={"micro_batch_tokens": 256, "gradient_checkpointing": True})
+    first = relieved(told, [], 7, 64, 1000)
+    assert first == Relief(after_step=7, micro_batch_tokens=128, gradient_checkpointing=True)
+
+
+def test_what_an_adapter_is_made_from_tells_its_reliefs() -> None:
+    made = {"task": "mails"}
+    reliefs = [Relief(after_step=7, micro_batch_tokens=128, gradient_checkpointing=False)]
+    assert under(made, []) == made
+    assert reliefs_of(made) == []
+    assert reliefs_of(under(made, reliefs)) == reliefs
 
 
 def test_the_first_relief_is_one_on_every_device() -> None:
     assert min(PART_TOKENS.values()) == SMALLEST_PART
     for tokens in PART_TOKENS.values():
-        change = relieved(settings("base", base={"max_tokens": 4096}, training={"batch_size": 64}), 2000, 64)
-        assert 0 < change["training.micro_batch_tokens"] < tokens
+        relief = relieved(settings("base", base={"max_tokens": 4096}, training={"batch_size": 64}), [], 0, 2000, 64)
+        assert 0 < relief.micro_batch_tokens < tokens

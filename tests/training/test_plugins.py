@@ -16,7 +16,7 @@ from ft_assets.training.plugins.running import MODEL, Model, fit
 from ft_assets.training.recipes import Plugged, of_transformers, resolve, with_values
 from ft_assets.training.searching.trials import check_space
 from ft_resources.errors import PluginError, SpecError
-from ft_resources.lake import file_hashes
+from ft_resources.files import file_hashes
 from tests.training.small import LABELS, texts
 
 TREES = "ft_assets.training.plugins.boosted_trees:BoostedTrees"

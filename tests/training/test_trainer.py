@@ -20,7 +20,9 @@ from ft_assets.training.engine.averaging import WeightAverage
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
 from ft_assets.training.engine.trainer import Step, Trained
+from ft_assets.training.jobs import checkpoint_of
 from ft_assets.training.recipes import Settings
+from ft_assets.training.relief import Relief
 from ft_resources.base_models import resolve
 from ft_resources.environments import REPOSITORY
 from ft_resources.errors import OutOfMemory, TrainingError
@@ -414,6 +416,34 @@ def test_more_memory_than_there_is_is_a_typed_error(tiny: Tiny, classes: TaskRow
     with pytest.raises(OutOfMemory, match="needs more memory") as caught:
         train(classes, settings(tiny("bert")), tmp_path / "one", memory=1_000_000)
     assert caught.value.used > caught.value.total == 1_000_000
+
+
+def test_a_training_goes_on_in_smaller_parts(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    """Out of memory after step 4: the same losses up to rounding, and the same bytes however it came to step 4."""
+    told = settings(tiny("bert"), training={"checkpoint_minutes": 1e-9})
+    whole = train(classes, told, tmp_path / "whole")
+    relief = [Relief(after_step=4, micro_batch_tokens=24, gradient_checkpointing=True)]
+    at_once = train(classes, told, tmp_path / "at-once", relief=relief)
+    lake = Lake(tmp_path / "lake")
+    with pytest.raises(Died):
+        train(classes, told, tmp_path / "none", checkpoints=Checkpoints(lake, "t", "before"), on_step=dies_at(5))
+    lake.move_head("t", checkpoint_of("before"), checkpoint_of("after"), "run")
+    assert Checkpoints(lake, "t", "before").latest() is None
+    resumed = train(classes, told, tmp_path / "on", checkpoints=Checkpoints(lake, "t", "after"), relief=relief)
+    assert resumed.steps_now == len(resumed.history.loss) - 4
+    assert digests(tmp_path / "on") == digests(tmp_path / "at-once")
+    assert at_once.history.loss[:4] == whole.history.loss[:4]
+    assert at_once.history.loss != whole.history.loss
+    np.testing.assert_allclose(at_once.history.loss, whole.history.loss, rtol=2e-5)
+
+
+def test_smaller_parts_from_the_first_step_are_a_setting(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    parts = settings(tiny("bert"), training={"micro_batch_tokens": 24})
+    relief = [Relief(after_step=0, micro_batch_tokens=24, gradient_checkpointing=False)]
+    train(classes, parts, tmp_path / "parts")
+    train(classes, settings(tiny("bert")), tmp_path / "relieved", relief=relief)
+    one, other = digests(tmp_path / "parts"), digests(tmp_path / "relieved")
+    assert {name for name in one if one[name] != other[name]} == {"adapter.json"}  # it tells the settings
 
 
 def test_rows_that_are_too_long_are_counted(tiny: Tiny, answers: TaskRows) -> None:

@@ -62,7 +62,7 @@ class Body:
                 fuse(self.adapted)
         self.network.to(device)
         if settings.training.gradient_checkpointing:
-            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            self.recompute()
         self.inner = getattr(self.network, self.network.base_model_prefix, self.network)
         self._first_place = first_place(self.inner)
         self.packed = self._packs()
@@ -123,6 +123,10 @@ class Body:
             else:
                 output = self._forward(rows)
             yield self._flat(output, rows)
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass, in place of keeping them."""
+        self.network.gradient_checkpointing_enable({"use_reentrant": False})
 
     def train(self) -> None:
         self.network.train()

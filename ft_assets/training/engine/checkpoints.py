@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ft_assets.training.jobs import CHECKPOINT
+from ft_assets.training.jobs import CHECKPOINT, checkpoint_of
 from ft_resources.lake import Lake
 
 THIS = "this"
@@ -46,7 +46,7 @@ class Checkpoints:
 
     def latest(self) -> Snapshot | None:
         """Where the run stood when it was last saved; None when it starts anew."""
-        last = self.lake.head(self.task, _name(self.key))
+        last = self.lake.head(self.task, checkpoint_of(self.key))
         if last is None:
             return None
         stored = last.json("progress.json")
@@ -77,14 +77,10 @@ class Checkpoints:
             save_file(tensors, folder / "state.safetensors")
             (folder / "progress.json").write_text(json.dumps(stored))
             digest = self.lake.publish(CHECKPOINT, folder, {"run": self.key, **_place(snapshot.progress)}).digest
-        self.lake.set_head(self.task, _name(self.key), digest, self.key)
+        self.lake.set_head(self.task, checkpoint_of(self.key), digest, self.key)
         before, self.kept = self.kept, {role: digest if name == THIS else name for role, name in roles.items()}
         for outlived in set(before.values()) - set(self.kept.values()):
             self.lake.discard(outlived)
-
-
-def _name(key: str) -> str:
-    return f"{CHECKPOINT}/{key[:32]}"
 
 
 def _place(progress: dict[str, Any]) -> dict[str, int]:

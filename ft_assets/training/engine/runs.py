@@ -28,6 +28,7 @@ from ft_assets.training.engine.saving import save
 from ft_assets.training.engine.trainer import Step, Trained, Trainer, seeded
 from ft_assets.training.jobs import without_lines
 from ft_assets.training.recipes import Settings
+from ft_assets.training.relief import RELIEF, Relief
 from ft_resources.base_models import BaseModel
 from ft_resources.environments import Environment
 from ft_resources.errors import TrainingError
@@ -119,6 +120,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     world: World | None = None,
     memory: int | None = None,
+    relief: Sequence[Relief] = (),
     kept: dict[int, torch.Tensor] | None = None,
     parent: Path | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -129,6 +131,7 @@ def fit(
     Args:
         describe: Further entries of `adapter.json`; see `described`.
         device: `cuda`, `mps` or `cpu`; empty picks the best one there is.
+        relief: How later steps are computed, where this training ran out of memory before.
         kept: Filled with what the layers below `lora.top_layers` give, by the number of the row. Runs on the same data,
             base, `lora.top_layers`, precision and speed settings may share one, and compute it once.
         parent: Folder of an adapter whose weights, and head, this one starts from.
@@ -162,6 +165,7 @@ def fit(
         checkpoints=checkpoints,
         world=world,
         memory=memory,
+        relief=relief,
         on_step=on_step,
         on_epoch=on_epoch,
     ).run()
@@ -182,7 +186,9 @@ def fit(
     return trained
 
 
-DESCRIBED = ("task", "template", "origins", "preparation", "exactness", "parent")
+PASSED_ON = ("parent", RELIEF)
+"""Of them, those that few adapters have, as they stand in what it is made from."""
+DESCRIBED = ("task", "template", "origins", "preparation", "exactness", *PASSED_ON)
 """Entries of `adapter.json` that a training does not tell itself."""
 
 
@@ -201,7 +207,7 @@ def described(
         "origins": without_lines(origins),
         "preparation": made_from["preparation"],
         "exactness": exactness(environment.device),
-        **({"parent": made_from["parent"]} if "parent" in made_from else {}),
+        **{name: made_from[name] for name in PASSED_ON if name in made_from},
     }
 
 

@@ -24,6 +24,7 @@ from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.learners import Learner
 from ft_assets.training.recipes import Settings, TrainingSettings
+from ft_assets.training.relief import Relief
 from ft_resources.errors import OutOfMemory, TrainingError
 from ft_resources.usage import forget_peak_memory, peak_memory
 
@@ -117,6 +118,7 @@ class Trainer:
     Args:
         checkpoints: Where to save and resume; None for runs too short to be worth it.
         memory: Bytes this process may use; None: no limit. Going over it is an `OutOfMemory`.
+        relief: How later steps are computed, where this training ran out of memory before.
         on_epoch: Told of every validation; raises `Pruned` to end the run.
     """
 
@@ -130,6 +132,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         world: World | None = None,
         memory: int | None = None,
+        relief: Sequence[Relief] = (),
         on_step: Callable[[Step], None] = lambda step: None,
         on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, measured: None,
     ) -> None:
@@ -137,7 +140,7 @@ class Trainer:
         shorter = settings.training.first_epoch_tokens
         self._first = training if shorter is None else [one.cut_to(shorter) for one in training]
         self.options: TrainingSettings = settings.training
-        self.checkpoints, self.memory = checkpoints, memory
+        self.checkpoints, self.memory, self.relief = checkpoints, memory, relief
         self.world = world or World()
         self.on_step, self.on_epoch = on_step, on_epoch
         self.weights = learner.trained()
@@ -147,6 +150,7 @@ class Trainer:
         self.steps = self.options.epochs * steps_per_epoch(len(training), self.options.batch_size)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.at = _Moment()
+        self._part_tokens = self.options.micro_batch_tokens or PART_TOKENS[learner.body.device.type]
         network = learner.body.network
         self.history = History(
             trainable_parameters=sum(weight.numel() for weight in self.weights.values()),
@@ -168,6 +172,7 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         self._resume()
+        self._relieve()
         if self.memory is not None:
             forget_peak_memory()  # of what this process did before
         shortened = [one for one in self._first if one.number < 0]
@@ -200,6 +205,7 @@ class Trainer:
         batches = length_grouped(lengths, self.options.batch_size, self.options.seed + self.at.epoch)
         for batch in batches[self.at.batch :]:
             rows = [training[row] for row in batch]
+            self._relieve()
             rate = self._set_rate()
             loss = self._step(rows)
             self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
@@ -259,15 +265,10 @@ class Trainer:
         # dropout is a function of the step, so that neither an interruption nor another process changes it
         torch.manual_seed(((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank) % 2**63)
         for part, counts in self._parts(rows):
-            try:
-                with self.learner.body.states(part) as states:
-                    loss = self.learner.loss(states, part) * (counts / divisor)
-                    loss.backward()
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise self._out_of_memory(part) from error
+            with self._within_memory(part), self.learner.body.states(part) as states:
+                loss = self.learner.loss(states, part) * (counts / divisor)
+                loss.backward()
             total += loss.detach().double().cpu()
-            if self.memory is not None and peak_memory() > self.memory:
-                raise self._out_of_memory(part)
         for weight in self.weights.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -291,7 +292,7 @@ class Trainer:
         outputs = torch.zeros(len(examples), self.learner.outputs)
         place = {one.number: at for at, one in enumerate(examples)}
         for part, counts in self._parts(list(examples)):
-            with self.learner.body.states(part) as states:
+            with self._within_memory(part), self.learner.body.states(part) as states:
                 if counts:
                     outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
         self.world.sum([outputs])
@@ -303,9 +304,8 @@ class Trainer:
         Processes that share out the base's weights pass equally often; what one has to add counts 0.
         """
         body = self.learner.body
-        budget = self.options.micro_batch_tokens or PART_TOKENS[body.device.type]
         share = self.world.share(sorted(rows, key=lambda one: -len(one.ids)))
-        passes = parts([len(one.ids) for one in share], budget, padded=not body.packed)
+        passes = parts([len(one.ids) for one in share], self._part_tokens, padded=not body.packed)
         for part in passes:
             yield [share[at] for at in part], 1.0
         if body.settings.speed.sharding:
@@ -338,6 +338,24 @@ class Trainer:
 
     def _checksums(self) -> torch.Tensor:
         return torch.stack([weight.detach().view(torch.int32).sum() for weight in self.weights.values()]).cpu()
+
+    def _relieve(self) -> None:
+        """Take up how the coming step is computed."""
+        for one in self.relief:
+            if one.after_step <= self.at.step:
+                self._part_tokens = one.micro_batch_tokens
+                if one.gradient_checkpointing:
+                    self.learner.body.recompute()
+
+    @contextmanager
+    def _within_memory(self, part: Sequence[Example]) -> Iterator[None]:
+        """Raises `OutOfMemory` where what is done inside needs more than there is, or than may be used."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(part) from error
+        if self.memory is not None and peak_memory() > self.memory:
+            raise self._out_of_memory(part)
 
     def _out_of_memory(self, part: Sequence[Example]) -> OutOfMemory:
         device = self.learner.body.device
