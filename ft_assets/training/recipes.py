@@ -44,7 +44,12 @@ class LoraSettings(Strict):
 class TrainingSettings(Strict):
     """The optimiser, its schedule and what it may use."""
 
-    epochs: int = Field(2, ge=1, le=100, description="Passes over the training rows; the best by validation is kept.")
+    epochs: int = Field(2, ge=1, le=100, description="Passes over the training rows.")
+    kept_epoch: Literal["best", "last_as_good"] = Field(
+        "best",
+        description="best: the one with the best validation score; last_as_good: the last one that is not clearly "
+        "worse, by more than a standard error over the validation rows.",
+    )
     first_epoch_tokens: int | None = Field(
         None,
         ge=8,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from ft_assets.training.engine.averaging import WeightAverage
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.engine.choosing import clearly_worse
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
 from ft_assets.training.engine.trainer import Step, Trained
 from ft_assets.training.jobs import checkpoint_of
@@ -240,6 +241,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     """Six steps an epoch: died after the first step, within and at the end of the first epoch, in the second."""
     often = {"precision": precision, "checkpoint_minutes": 1e-9, "averaged_share": 0.5 if precision == "bf16" else None}
+    often["kept_epoch"] = "last_as_good" if precision == "bf16" else "best"
     chosen = settings(tiny("bert"), training=often, lora={"dropout": 0.1})
     lake = Lake(tmp_path / "lake")
     undisturbed = train(classes, chosen, tmp_path / "undisturbed")
@@ -394,6 +396,33 @@ def test_the_best_epoch_by_validation_is_what_is_saved(tiny: Tiny, classes: Task
     scores = [(figures["macro_f1"], -figures["loss"]) for figures in measured]
     assert trained.history.best_epoch == scores.index(max(scores)) + 1
     assert trained.outputs.shape == (30, 2)
+
+
+def test_the_last_epoch_that_is_not_clearly_worse_is_kept(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
+    worse_later = TaskRows("text-classification", texts(16, 1), texts(30, 5).assign(label="warm"), ["cold", "warm"])
+    kept = {}
+    for name, rows in (("as good", classes), ("worse", worse_later)):
+        for choice in ("best", "last_as_good"):
+            options = {"epochs": 5, "warmup_share": 0.0, "learning_rate": 2e-2, "kept_epoch": choice}
+            kept[name, choice] = train(rows, settings(tiny("bert"), training=options), tmp_path / f"{name} {choice}")
+    epochs = {key: trained.history.best_epoch for key, trained in kept.items()}
+    figures = {key: trained.history.validation for key, trained in kept.items()}
+    assert figures["as good", "best"] == figures["as good", "last_as_good"]
+    assert epochs["as good", "best"] < epochs["as good", "last_as_good"] == 5
+    assert epochs["worse", "best"] == epochs["worse", "last_as_good"] < 5
+
+
+def test_clearly_worse_is_by_more_than_a_standard_error() -> None:
+    before = np.zeros(100, dtype=np.float32)
+    one, two, exchanged = before.copy(), before.copy(), before.copy()
+    one[:1], two[:2] = 1, 1
+    exchanged[:2], before_exchanged = 1, before.copy()
+    before_exchanged[2:4] = 1
+    assert not clearly_worse(before, before)
+    assert not clearly_worse(one, before)
+    assert clearly_worse(two, before)
+    assert not clearly_worse(exchanged, before_exchanged)
+    assert not clearly_worse(before, two)
 
 
 def test_training_stops_early(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:

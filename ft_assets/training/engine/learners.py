@@ -40,6 +40,9 @@ class Learner(Protocol):
     def score(self, measured: Mapping[str, float]) -> tuple[float, ...]:
         """A better validation compares greater."""
 
+    def errors(self, outputs: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
+        """float32 [rows]: how wrong each row is, for comparing two epochs row by row."""
+
 
 def learner_of(
     kind: str, body: Body, settings: Settings, labels: Sequence[str], training: Sequence[Example]
@@ -114,6 +117,10 @@ class ClassLearner:
     def score(self, measured: Mapping[str, float]) -> tuple[float, ...]:
         return measured["macro_f1"], -measured["loss"]
 
+    def errors(self, outputs: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
+        """1 for a row whose class is not found."""
+        return (outputs.argmax(1) != [one.target for one in examples]).astype(np.float32)
+
 
 class AnswerLearner:
     """Next-token cross-entropy of the answers' tokens, averaged over tokens."""
@@ -168,6 +175,10 @@ class AnswerLearner:
 
     def score(self, measured: Mapping[str, float]) -> tuple[float, ...]:
         return (-measured["loss"],)
+
+    def errors(self, outputs: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
+        """Negative log-likelihood of the answer, per row."""
+        return outputs[:, 0].astype(np.float32)
 
     def _answers(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of the states that predict an answer's token, in the pack, and those tokens."""

@@ -7,10 +7,9 @@ kernels are deterministic, and a checkpoint holds weights, optimiser moments and
 
 import math
 import random
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,15 +17,17 @@ import numpy as np
 import torch
 
 from ft_assets.training.engine.averaging import WeightAverage
-from ft_assets.training.engine.batching import PART_TOKENS, length_grouped, parts, steps_per_epoch
+from ft_assets.training.engine.batching import length_grouped, steps_per_epoch
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
+from ft_assets.training.engine.choosing import clearly_worse
 from ft_assets.training.engine.distributed import World
 from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.interruption import ends_politely
 from ft_assets.training.engine.learners import Learner
+from ft_assets.training.engine.passes import Passes
 from ft_assets.training.recipes import Settings, TrainingSettings
 from ft_assets.training.relief import Relief
-from ft_resources.errors import OutOfMemory, TrainingError
-from ft_resources.usage import forget_peak_memory, peak_memory
+from ft_resources.errors import TrainingError
 
 CACHE_BYTES = 4_000_000_000
 """Most that cached activations may take. No share of the memory there is: it would decide the bytes of an adapter."""
@@ -140,8 +141,8 @@ class Trainer:
         shorter = settings.training.first_epoch_tokens
         self._first = training if shorter is None else [one.cut_to(shorter) for one in training]
         self.options: TrainingSettings = settings.training
-        self.checkpoints, self.memory, self.relief = checkpoints, memory, relief
-        self.world = world or World()
+        self.checkpoints, self.world = checkpoints, world or World()
+        self._passes = Passes(learner.body, settings, self.world, memory, relief)
         self.on_step, self.on_epoch = on_step, on_epoch
         self.weights = learner.trained()
         self._head = [weight for name, weight in self.weights.items() if name.startswith("head.")]
@@ -150,7 +151,6 @@ class Trainer:
         self.steps = self.options.epochs * steps_per_epoch(len(training), self.options.batch_size)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.at = _Moment()
-        self._part_tokens = self.options.micro_batch_tokens or PART_TOKENS[learner.body.device.type]
         network = learner.body.network
         self.history = History(
             trainable_parameters=sum(weight.numel() for weight in self.weights.values()),
@@ -162,6 +162,7 @@ class Trainer:
         self._average = None if share is None else WeightAverage(self.weights, share)
         self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
         self._outputs = np.zeros((0, learner.outputs), dtype=np.float32)
+        self._fewest_errors = np.zeros(0, dtype=np.float32)
 
     def run(self) -> Trained:
         """Train to the end, or from where an earlier process stopped.
@@ -172,15 +173,13 @@ class Trainer:
             Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         self._resume()
-        self._relieve()
-        if self.memory is not None:
-            forget_peak_memory()  # of what this process did before
+        self._passes.begin(self.at.step)
         shortened = [one for one in self._first if one.number < 0]
         self.learner.body.keep_lower([*self.training, *shortened, *self.validation], CACHE_BYTES)
         if self.learner.measures_untrained and not self.history.untrained and len(self.validation):
             self.history.untrained = self.learner.measured(self._outputs_on(self.validation), self.validation)
         began, first, self._tokens_before = time.perf_counter(), self.at.step, self.history.tokens
-        with _ends_politely() as asked:
+        with ends_politely() as asked:
             while self.at.epoch <= self.options.epochs and not self._patience_is_over():
                 self._epoch(began, first, asked)
         weights, outputs = self._best_weights()
@@ -205,7 +204,7 @@ class Trainer:
         batches = length_grouped(lengths, self.options.batch_size, self.options.seed + self.at.epoch)
         for batch in batches[self.at.batch :]:
             rows = [training[row] for row in batch]
-            self._relieve()
+            self._passes.relieve(self.at.step)
             rate = self._set_rate()
             loss = self._step(rows)
             self.at.step, self.at.batch = self.at.step + 1, self.at.batch + 1
@@ -243,19 +242,21 @@ class Trainer:
             outputs = self._outputs_on(self.validation)
         measured = self.learner.measured(outputs, self.validation) if len(self.validation) else {"loss": 0.0}
         score = self.learner.score(measured) if len(self.validation) else (float(self.at.epoch),)
+        errors = self.learner.errors(outputs, self.validation)
         history = self.history
-        earlier = history.validation[history.best_epoch - 1] if history.best_epoch else None
-        better = earlier is None or not len(self.validation) or score > self.learner.score(earlier)
+        best = not len(self.validation) or all(score > self.learner.score(one) for one in history.validation)
+        kept = best or (self.options.kept_epoch == "last_as_good" and not clearly_worse(errors, self._fewest_errors))
         history.validation.append(measured)
-        if better:
-            history.best_epoch, self.at.stale = self.at.epoch, 0
+        if best:
+            self._fewest_errors = errors
+        if kept:
+            history.best_epoch = self.at.epoch
             learned = self.weights if self._average is None else self._average.tensors
             self._best = {name: weight.detach().clone() for name, weight in learned.items()}, outputs
-        else:
-            self.at.stale += 1
+        self.at.stale = 0 if best else self.at.stale + 1
         self.at.epoch, self.at.batch, self.at.seconds = self.at.epoch + 1, 0, 0.0
         self._outputs = outputs
-        self._save(epoch_seconds=seconds, best=better)
+        self._save(epoch_seconds=seconds, best=kept)
         self.on_epoch(self.at.epoch - 1, measured)
 
     def _step(self, rows: list[Example]) -> float:
@@ -264,8 +265,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64)
         # dropout is a function of the step, so that neither an interruption nor another process changes it
         torch.manual_seed(((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank) % 2**63)
-        for part, counts in self._parts(rows):
-            with self._within_memory(part), self.learner.body.states(part) as states:
+        for part, counts in self._passes.of(rows):
+            with self._passes.within_memory(part), self.learner.body.states(part) as states:
                 loss = self.learner.loss(states, part) * (counts / divisor)
                 loss.backward()
             total += loss.detach().double().cpu()
@@ -291,26 +292,12 @@ class Trainer:
         self.learner.body.eval()
         outputs = torch.zeros(len(examples), self.learner.outputs)
         place = {one.number: at for at, one in enumerate(examples)}
-        for part, counts in self._parts(list(examples)):
-            with self._within_memory(part), self.learner.body.states(part) as states:
+        for part, counts in self._passes.of(examples):
+            with self._passes.within_memory(part), self.learner.body.states(part) as states:
                 if counts:
                     outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
         self.world.sum([outputs])
         return outputs.numpy()
-
-    def _parts(self, rows: list[Example]) -> Iterator[tuple[list[Example], float]]:
-        """This process's share of `rows` in passes through the model, and 1 for each that counts.
-
-        Processes that share out the base's weights pass equally often; what one has to add counts 0.
-        """
-        body = self.learner.body
-        share = self.world.share(sorted(rows, key=lambda one: -len(one.ids)))
-        passes = parts([len(one.ids) for one in share], self._part_tokens, padded=not body.packed)
-        for part in passes:
-            yield [share[at] for at in part], 1.0
-        if body.settings.speed.sharding:
-            for _ in range(len(passes), self.world.most(len(passes))):
-                yield rows[:1], 0.0
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = [{"params": self._others, "lr": self.options.learning_rate}]
@@ -339,40 +326,6 @@ class Trainer:
     def _checksums(self) -> torch.Tensor:
         return torch.stack([weight.detach().view(torch.int32).sum() for weight in self.weights.values()]).cpu()
 
-    def _relieve(self) -> None:
-        """Take up how the coming step is computed."""
-        for one in self.relief:
-            if one.after_step <= self.at.step:
-                self._part_tokens = one.micro_batch_tokens
-                if one.gradient_checkpointing:
-                    self.learner.body.recompute()
-
-    @contextmanager
-    def _within_memory(self, part: Sequence[Example]) -> Iterator[None]:
-        """Raises `OutOfMemory` where what is done inside needs more than there is, or than may be used."""
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory(part) from error
-        if self.memory is not None and peak_memory() > self.memory:
-            raise self._out_of_memory(part)
-
-    def _out_of_memory(self, part: Sequence[Example]) -> OutOfMemory:
-        device = self.learner.body.device
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            used = total - free
-        else:
-            used, total = peak_memory(), self.memory or 0
-        tokens = sum(len(one.ids) for one in part)
-        return OutOfMemory(
-            f"a pass over {len(part)} rows ({tokens} tokens) needs more memory than there is",
-            used=used,
-            total=total,
-            where="training",
-            mend="Lower training.micro_batch_tokens or base.max_tokens, or set training.gradient_checkpointing.",
-        )
-
     # -- saving and resuming ------------------------------------------------------------------------------------
 
     def _save(self, *, epoch_seconds: float | None = None, best: bool = False) -> None:
@@ -384,7 +337,8 @@ class Trainer:
             tensors |= {f"{moment}/{name}": state[weight][moment] for name, weight in self.weights.items()}
         if self._average is not None:
             tensors |= {f"average/{name}": value for name, value in self._average.tensors.items()}
-        tensors |= {"trace": torch.stack(self._trace), "outputs": torch.from_numpy(self._outputs)}
+        arrays = {"outputs": self._outputs, "fewest_errors": self._fewest_errors}
+        tensors |= {"trace": torch.stack(self._trace), **{name: torch.from_numpy(one) for name, one in arrays.items()}}
         snapshot = Snapshot({**asdict(self.at), "history": asdict(self.history)}, tensors)
         self.checkpoints.save(snapshot, epoch_seconds=epoch_seconds, best=best)
 
@@ -405,7 +359,7 @@ class Trainer:
             }
             if self._average is not None:
                 self._average.tensors[name].copy_(tensors[f"average/{name}"])
-        self._trace = list(tensors["trace"])
+        self._trace, self._fewest_errors = list(tensors["trace"]), tensors["fewest_errors"].numpy()
 
     def _best_weights(self) -> tuple[Mapping[str, torch.Tensor], np.ndarray]:
         if self._best is not None:
@@ -414,21 +368,3 @@ class Trainer:
         tensors = self.checkpoints.best().tensors
         kind = "weight" if self._average is None else "average"
         return {name: tensors[f"{kind}/{name}"] for name in self.weights}, tensors["outputs"].numpy()
-
-
-@contextmanager
-def _ends_politely() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came inside this block, or SIGINT: the step under way is finished first."""
-    came: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda number, _: came.append(number))
-    except ValueError:  # not the main thread: nobody sends it signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
