@@ -26,6 +26,7 @@ def vllm_device(wanted: str) -> str:
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it sends them to its makers
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine share the same cores
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would hold this process's sockets and pipes
     where = "FT_GENERATION_ENGINE"
     try:
         from vllm.platforms import current_platform
