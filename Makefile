@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED = 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all dev serve check install clean
+.PHONY: demo test test-all test-vllm dev serve check install clean
 
 demo: install
 	$(BIN)/python deployments/local/demo.py
@@ -20,6 +20,12 @@ test: install
 
 test-all: install
 	$(PYTEST) $(TESTS)
+
+# vLLM's CPU build beside the same pins, so that the environment of everything else stays as it is pinned
+test-vllm:
+	$(MAKE) install VENV=.venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-deps -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pytest tests/bento/generation/test_vllm_engine.py
 
 dev: install
 	$(BIN)/ft dev

@@ -312,6 +312,10 @@ class Scorer:
         """Whether its engines compute."""
         return self._bases.alive
 
+    def close(self) -> None:
+        """End the engines that write texts; what they have not answered fails."""
+        self._bases.close()
+
     @property
     def table(self) -> RouteTable:
         """The routes in force."""

@@ -136,6 +136,7 @@ class AdapterService:
             await asyncio.to_thread(watcher.stop)
         await self._batcher.close()
         await asyncio.to_thread(self._embedder.close)
+        await asyncio.to_thread(self._scorer.close)
         if observer.tracer is not None:
             await asyncio.to_thread(observer.tracer.close)
         self._ledger.close()

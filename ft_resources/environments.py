@@ -62,7 +62,7 @@ class Environment:
     device: str
     """`FT_DEVICE`: `cuda`, `mps` or `cpu`; empty picks the best one there is."""
     generation_engine: str
-    """`FT_GENERATION_ENGINE`, `torch` (default) or `vllm`: what writes the texts of a service; vLLM needs a GPU."""
+    """`FT_GENERATION_ENGINE`, `torch` (default) or `vllm`: what writes the texts of a service."""
     processes: int
     """`FT_PROCESSES`, default 1: processes that train one adapter together; each computes its share of a batch."""
     memory_gb: float | None

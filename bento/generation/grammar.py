@@ -47,14 +47,14 @@ class Grammars:
         Raises:
             RequestError: `invalid_request`, the schema cannot be followed, or no grammar can with this tokenizer.
         """
-        text = written_schema(schema)
+        text = written_schema(guided(schema))
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         found = self._find(key)
         if found is None:
             with self._compiling:
                 found = self._find(key)  # another thread may have been faster
                 if found is None:
-                    compiled = self._compile(text, None if "x-guidance" in schema else WRITTEN)
+                    compiled = self._compile(text)
                     with self._lock:
                         self._compiled[key] = compiled
                         while len(self._compiled) > KEPT:
@@ -70,7 +70,7 @@ class Grammars:
             self._compiled.move_to_end(key)
             return compiled.deep_copy()
 
-    def _compile(self, text: str, defaults: Any) -> llguidance.LLMatcher:
+    def _compile(self, text: str) -> llguidance.LLMatcher:
         if self._reader is None:
             known = max(self._vocabulary, self._tokenizer.get_vocab_size())
             try:
@@ -82,7 +82,7 @@ class Grammars:
                     mend="Ask without a schema, or use a base model with a byte-level tokenizer.",
                 ) from None
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=defaults)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
             compiled = llguidance.LLMatcher(self._reader, grammar, log_level=0, limits=LIMITS)
         except ValueError as error:
             raise _refused(str(error)) from None
@@ -110,6 +110,11 @@ class Matcher:
     def complete(self) -> bool:
         """Nothing may follow but the end."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+
+def guided(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema with what it says about blanks, or `WRITTEN`; every backend on llguidance reads it there."""
+    return schema if "x-guidance" in schema else {**schema, "x-guidance": WRITTEN}
 
 
 def written_schema(schema: Mapping[str, Any]) -> str:

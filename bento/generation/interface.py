@@ -1,7 +1,7 @@
 """What an engine for text generation is asked and what it answers, whichever engine it is.
 
 `bento.generation.engine.Generator` computes with torch on any machine, `bento.generation.vllm_engine.VllmGenerator`
-hands the same requests to vLLM on GPU machines.
+hands the same requests to vLLM, on GPU machines or in its CPU build.
 """
 
 from collections.abc import Callable, Mapping, Sequence

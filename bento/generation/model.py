@@ -57,7 +57,7 @@ class Decoder:
         self.vocabulary = int(config.vocab_size)
         self.context = _context(config, base)
         """Most tokens of a request, prompt and answer together."""
-        self.ends = _ends(self._network)
+        self.ends = ends_of(self._network.config, self._network.generation_config)
         """Tokens that end an answer."""
         self.updates = Updates()
         """Filled before each pass."""
@@ -200,9 +200,10 @@ def _context(config: Any, base: BaseModel) -> int:
     return context
 
 
-def _ends(network: Any) -> frozenset[int]:
+def ends_of(*configs: Any) -> frozenset[int]:
+    """Tokens that end an answer, as a model's configurations name them."""
     ends: set[int] = set()
-    for config in (network.config, network.generation_config):
+    for config in configs:
         given = getattr(config, "eos_token_id", None)
         ends |= {given} if isinstance(given, int) else set(given or ())
     return frozenset(ends)

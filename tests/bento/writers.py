@@ -21,8 +21,12 @@ FIELDS = {
 }
 
 
-def write_base(folder: Path) -> str:
-    """A Llama with random weights and a byte-level tokenizer of its own; the folder as text."""
+def write_base(folder: Path, **sizes: int) -> str:
+    """A Llama with random weights and a byte-level tokenizer of its own; the folder as text.
+
+    Args:
+        sizes: Of its configuration, beside or in place of `SIZES`.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,7 +40,8 @@ def write_base(folder: Path) -> str:
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
     fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(vocab_size=len(fast), pad_token_id=0, eos_token_id=0, bos_token_id=0, **SIZES)
+    sizes = {**SIZES, **sizes}
+    config = transformers.LlamaConfig(vocab_size=len(fast), pad_token_id=0, eos_token_id=0, bos_token_id=0, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return str(folder)

@@ -22,6 +22,9 @@ LORA: dict[str, dict[str, Any]] = {
     "odd": {"r": 3, "target_modules": ["down_proj", "k_proj"], "rank_pattern": {"k_proj": 5}},
 }
 
+WIDE = {"head_dim": 32}
+"""Heads as wide as vLLM's kernels on a CPU ask for."""
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -76,13 +79,13 @@ def write(folder: Path, base: BaseModel, seed: int, lora: dict[str, Any], size: 
 
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """A base model and four adapters, by architecture."""
+    """A base model and four adapters: `llama`, `qwen2`, or a llama with `WIDE` heads, `wide`."""
     made: dict[str, Tiny] = {}
 
     def get(kind: str) -> Tiny:
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
-            write_base(root / "base")
+            write_base(root / "base", **(WIDE if kind == "wide" else {}))
             config = transformers.AutoConfig.from_pretrained(root / "base")
             if kind == "qwen2":
                 config = transformers.Qwen2Config(
