@@ -312,13 +312,6 @@ class Lake:
         with self._writing("pointer", digest):
             self._write(self._head(task, asset), canonical(head))
 
-    def move_head(self, task: str, asset: str, other: str, run_id: str) -> None:
-        """Let `other` of `task` point where `asset` does, and `asset` nowhere; without that head nothing changes."""
-        head = self._pointer(task, asset)
-        if head is not None:
-            self.set_head(task, other, head["digest"], run_id)
-            self._fs.rm_file(self._head(task, asset))
-
     def head(self, task: str, asset: str) -> Artefact | None:
         """The artefact that `asset` of `task` points at, verified; None before its first materialisation."""
         head = self._pointer(task, asset)

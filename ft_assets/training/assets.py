@@ -230,6 +230,7 @@ def _train(
         known = lake.find(MEMORY_RELIEF, needed)
         if known is not None:
             reliefs.append(Relief.model_validate(known.json(RELIEF_FILE)))
+            _hand_over(lake, made, under(made, reliefs))
             continue
         described = job(made, resolved, environment, context.run.run_id)
         folder = results_folder(environment, task.name, described["run_name"])
@@ -241,6 +242,8 @@ def _train(
                 record(report)
             return lake.open(report["adapter"]), report
         except OutOfMemory as error:
+            if isinstance(resolved, Plugged):
+                raise
             relief = _relieve(lake, described, of_transformers(resolved).settings, reliefs, needed)
             context.log.warning(f"{error} It goes on {relief}: the same rows per step, in smaller parts.")
 
@@ -248,18 +251,26 @@ def _train(
 def _relieve(
     lake: Lake, job: Mapping[str, Any], settings: Settings, reliefs: list[Relief], needed: Mapping[str, Any]
 ) -> Relief:
-    """Remember how the training of `job` goes on, and hand its last checkpoint over to the one that does.
+    """Remember how the training of `job` goes on that ran out of memory.
 
     Args:
         reliefs: Those it had already.
         needed: Under which it is found again.
     """
-    made, head = job["made_from"], checkpoint_of(job["key"])
-    saved = lake.head(made["task"], head)
+    saved = lake.head(job["made_from"]["task"], checkpoint_of(job["key"]))
     step = saved.made_from["step"] if saved else 0
     relief = relieved(settings, reliefs, step, settings.base.max_tokens, settings.training.batch_size)
     with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
         (Path(scratch) / RELIEF_FILE).write_text(relief.model_dump_json())
         lake.publish(MEMORY_RELIEF, Path(scratch), needed)
-    lake.move_head(made["task"], head, checkpoint_of(key_of(under(made, [*reliefs, relief]))), job["key"])
     return relief
+
+
+def _hand_over(lake: Lake, made: Mapping[str, Any], relieved: Mapping[str, Any]) -> None:
+    """Let a training under one relief more begin at the checkpoint it was relieved at, which stays the other's too."""
+    task, before, after = made["task"], checkpoint_of(key_of(made)), checkpoint_of(key_of(relieved))
+    saved = lake.head(task, before)
+    if saved is None or lake.head(task, after) is not None:
+        return
+    if saved.made_from["step"] == reliefs_of(relieved)[-1].after_step:
+        lake.set_head(task, after, saved.digest, key_of(relieved))

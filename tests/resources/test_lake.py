@@ -127,17 +127,6 @@ def test_heads_of_days_are_listed_in_order(lake: Lake, content: Path) -> None:
     assert lake.heads("mail-triage", "drift_report") == ["2002-08-01", "2002-08-02"]
 
 
-def test_a_head_is_moved(lake: Lake, content: Path) -> None:
-    lake.move_head("mail-triage", "checkpoint/a", "checkpoint/b", "run-2")
-    assert lake.head("mail-triage", "checkpoint/b") is None
-    published = lake.publish("checkpoint", content, FROM)
-    lake.set_head("mail-triage", "checkpoint/a", published.digest, "run-1")
-    lake.move_head("mail-triage", "checkpoint/a", "checkpoint/b", "run-2")
-    assert lake.head("mail-triage", "checkpoint/a") is None
-    assert lake.head("mail-triage", "checkpoint/b") == published
-    assert lake.heads("mail-triage", "checkpoint") == ["b"]
-
-
 def flip(path: Path) -> None:
     """Change one bit and nothing else: not the size, and not the time of the last change."""
     before = path.stat()

@@ -150,6 +150,22 @@ def runs_below(tracker: str, parent: str) -> list[Any]:
     return found
 
 
+def test_a_trial_is_ranked_by_the_epoch_its_adapter_has(home: Callable[..., Home]) -> None:
+    longer = "overrides: {training: {epochs: 10, kept_epoch: last_as_good}}\n"
+    one = home(f"{longer}search: {{trials: 4, learning_rate: [1.0e-3, 5.0e-2]}}\n", "one")
+    found = one.search()
+    highest = []
+    for trial in found["trials"]:
+        history = one.lake.open(trial["adapter"]).json("training.json")
+        scores_of = [measured["macro_f1"] for measured in history["validation"]]
+        assert trial["score"] == scores_of[history["best_epoch"] - 1]
+        highest.append(max(scores_of))
+    assert any(trial["score"] < most for trial, most in zip(found["trials"], highest, strict=True)), "shows nothing"
+    again = one.search()
+    assert scores(again) == scores(found)
+    assert all(trial["reused"] for trial in again["trials"])
+
+
 def test_trials_are_seeded_tracked_and_kept(home: Callable[..., Home], tracker: str) -> None:
     chosen = f"search: {{trials: 3, {RATES}, space: {{lora.target_modules: [all-linear, [query, value]]}}}}\n"
     one = home(chosen, "one")

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ft_assets.training.engine.averaging import WeightAverage
+from ft_assets.training.engine.body import Body
 from ft_assets.training.engine.checkpoints import Checkpoints, Snapshot
 from ft_assets.training.engine.choosing import clearly_worse
+from ft_assets.training.engine.examples import Example
+from ft_assets.training.engine.learners import ClassLearner
 from ft_assets.training.engine.runs import TaskRows, fit, tokenise
 from ft_assets.training.engine.trainer import Step, Trained
 from ft_assets.training.jobs import checkpoint_of
@@ -310,17 +313,25 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(
 
 def trained_by_two(processes: ForkServerContext, base: str, lake: str, folder: str) -> list[str]:
     """Two processes train together; returns what they told."""
+    told, others = each_of_two(processes, base, lake, folder)
+    return told + others
+
+
+def each_of_two(
+    processes: ForkServerContext, base: str, lake: str, folder: str, *, second: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
+    """What the first told and what the second did, which has more variables in its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     leader, other = (
-        forked(processes, train_small, base, lake, folder, "fp32", variables={**world, "RANK": str(rank)})
-        for rank in (0, 1)
+        forked(processes, train_small, base, lake, folder, "fp32", variables={**world, "RANK": str(rank), **more})
+        for rank, more in enumerate(({}, second or {}))
     )
-    with leader as (first, lines), other as (second, more):
-        told = [*lines, *more]
-    assert (first.exitcode, second.exitcode) == (0, 0)
+    with leader as (first, lines), other as (last, more):
+        told = list(lines), list(more)
+    assert (first.exitcode, last.exitcode) == (0, 0)
     return told
 
 
@@ -331,6 +342,16 @@ def trained_by_torchrun(processes: ForkServerContext, base: str, lake: str, fold
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True, text=True)
     return done.stdout.splitlines()
+
+
+def test_processes_that_train_together_run_out_of_memory_together(
+    tiny: Tiny, processes: ForkServerContext, tmp_path: Path
+) -> None:
+    little = {"FT_MEMORY_GB": "0.001"}
+    places = (tiny("bert"), str(tmp_path / "lake"), str(tmp_path / "two"))
+    leader, other = each_of_two(processes, *places, second=little)
+    assert leader[-1].startswith("out of memory: a process that trains along")
+    assert other[-1].startswith("out of memory: a pass over")
 
 
 @pytest.mark.parametrize(
@@ -412,6 +433,20 @@ def test_the_last_epoch_that_is_not_clearly_worse_is_kept(tiny: Tiny, classes: T
     assert epochs["worse", "best"] == epochs["worse", "last_as_good"] < 5
 
 
+def test_an_epoch_that_loses_a_rare_class_is_clearly_worse(tiny: Tiny, classes: TaskRows) -> None:
+    """Of 1,000 rows four of the common class are wrong before, and all five of the rare one after."""
+    body = Body(resolve(tiny("bert")), settings(tiny("bert")), torch.device("cpu"), torch.float32, causal=False)
+    learner = ClassLearner(body, settings(tiny("bert")), 2, [0, 1])
+    examples = [Example(number, [1], int(number < 5)) for number in range(1000)]
+    right = np.eye(2, dtype=np.float32)[[one.target for one in examples]]
+    before, after = right.copy(), right.copy()
+    before[100:104], after[:5] = [0, 1], [1, 0]
+    errors = [learner.errors(outputs, examples) for outputs in (after, before)]
+    assert clearly_worse(*errors)
+    assert not clearly_worse(*reversed(errors))
+    assert errors[0].mean() == pytest.approx(0.5), "a class of two is wrong"
+
+
 def test_clearly_worse_is_by_more_than_a_standard_error() -> None:
     before = np.zeros(100, dtype=np.float32)
     one, two, exchanged = before.copy(), before.copy(), before.copy()
@@ -423,6 +458,7 @@ def test_clearly_worse_is_by_more_than_a_standard_error() -> None:
     assert clearly_worse(two, before)
     assert not clearly_worse(exchanged, before_exchanged)
     assert not clearly_worse(before, two)
+    assert clearly_worse(before * np.nan, before)
 
 
 def test_training_stops_early(tiny: Tiny, classes: TaskRows, tmp_path: Path) -> None:
@@ -456,11 +492,12 @@ def test_a_training_goes_on_in_smaller_parts(tiny: Tiny, classes: TaskRows, tmp_
     lake = Lake(tmp_path / "lake")
     with pytest.raises(Died):
         train(classes, told, tmp_path / "none", checkpoints=Checkpoints(lake, "t", "before"), on_step=dies_at(5))
-    lake.move_head("t", checkpoint_of("before"), checkpoint_of("after"), "run")
-    assert Checkpoints(lake, "t", "before").latest() is None
+    saved = lake.require("t", checkpoint_of("before"))
+    lake.set_head("t", checkpoint_of("after"), saved.digest, "after")
     resumed = train(classes, told, tmp_path / "on", checkpoints=Checkpoints(lake, "t", "after"), relief=relief)
     assert resumed.steps_now == len(resumed.history.loss) - 4
     assert digests(tmp_path / "on") == digests(tmp_path / "at-once")
+    assert lake.require("t", checkpoint_of("before")) == saved, "with more memory it can go on from there as it was"
     assert at_once.history.loss[:4] == whole.history.loss[:4]
     assert at_once.history.loss != whole.history.loss
     np.testing.assert_allclose(at_once.history.loss, whole.history.loss, rtol=2e-5)

@@ -125,8 +125,19 @@ class Body:
             yield self._flat(output, rows)
 
     def recompute(self) -> None:
-        """Compute activations again in the backward pass, in place of keeping them."""
-        self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        """Compute activations again in the backward pass, in place of keeping them.
+
+        Raises:
+            TrainingError: The base model cannot.
+        """
+        if not self.network.supports_gradient_checkpointing:
+            raise TrainingError(
+                f"a {self.network.config.model_type} model cannot recompute activations",
+                where="training.gradient_checkpointing",
+                mend="Lower base.max_tokens or training.micro_batch_tokens, or choose another base.model.",
+            )
+        if not self.network.is_gradient_checkpointing:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
 
     def train(self) -> None:
         self.network.train()

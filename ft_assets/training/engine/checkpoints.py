@@ -80,7 +80,8 @@ class Checkpoints:
         self.lake.set_head(self.task, checkpoint_of(self.key), digest, self.key)
         before, self.kept = self.kept, {role: digest if name == THIS else name for role, name in roles.items()}
         for outlived in set(before.values()) - set(self.kept.values()):
-            self.lake.discard(outlived)
+            if self.lake.open(outlived).made_from["run"] == self.key:  # else another training goes on from it too
+                self.lake.discard(outlived)
 
 
 def _place(progress: dict[str, Any]) -> dict[str, int]:

@@ -8,15 +8,16 @@ ROUNDING = 1e-12
 """Of a mean of differences."""
 
 
-def clearly_worse(errors: np.ndarray, fewest: np.ndarray) -> bool:
+def clearly_worse(errors: np.ndarray, before: np.ndarray) -> bool:
     """Whether rows are more wrong than they were, by more than a standard error of the mean difference.
 
-    One row that is wrong where it was right, and no other change, is one standard error: not clearly worse.
+    One row that is wrong where it was right, and no other change, is one standard error: not clearly worse. What is no
+    number is.
 
     Args:
         errors: float [rows], how wrong each row is.
-        fewest: The same rows before.
+        before: The same rows before.
     """
-    differences = errors.astype(np.float64) - fewest
+    differences = errors.astype(np.float64) - before
     deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
-    return bool(differences.mean() > deviation / math.sqrt(len(differences)) + ROUNDING)
+    return not differences.mean() <= deviation / math.sqrt(len(differences)) + ROUNDING

@@ -1,7 +1,6 @@
 """A step in passes through the model, within the memory there is."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +12,8 @@ from ft_assets.training.recipes import Settings
 from ft_assets.training.relief import Relief
 from ft_resources.errors import OutOfMemory
 from ft_resources.usage import forget_peak_memory, peak_memory
+
+MEND = "Lower training.micro_batch_tokens or base.max_tokens, or set training.gradient_checkpointing."
 
 
 class Passes:
@@ -27,6 +28,7 @@ class Passes:
         self, body: Body, settings: Settings, world: World, memory: int | None, relief: Sequence[Relief]
     ) -> None:
         self._body, self._world, self._memory, self._relief = body, world, memory, relief
+        self._lacking: OutOfMemory | None = None
         self._sharded = settings.speed.sharding
         self._tokens = settings.training.micro_batch_tokens or PART_TOKENS[body.device.type]
 
@@ -44,11 +46,46 @@ class Passes:
                 if one.gradient_checkpointing:
                     self._body.recompute()
 
-    def of(self, rows: Sequence[Example]) -> Iterator[tuple[list[Example], float]]:
-        """This process's share of `rows` in passes through the model, and 1 for each that counts.
+    def each(self, rows: Sequence[Example], compute: Callable[[list[Example], float], None]) -> torch.Tensor:
+        """Call `compute` with every pass of this process's share of `rows`, and 1 for each that counts.
 
         Processes that share out the base's weights pass equally often; what one has to add counts 0.
+
+        Returns:
+            float64 []: above 0 where memory ran out, which the other processes are told in a sum, for `end_if_any`.
+
+        Raises:
+            OutOfMemory: It ran out, and no other process waits for this one.
         """
+        self._lacking = None
+        for part, counts in self._of(rows):
+            try:
+                compute(part, counts)
+                over = self._memory is not None and peak_memory() > self._memory
+                lacking = self._out_of_memory(part) if over else None
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                lacking = self._out_of_memory(part)
+                lacking.__cause__ = error
+            if lacking is not None:
+                if self._world.size == 1 or self._sharded:
+                    raise lacking
+                self._lacking = lacking
+                break
+        return torch.tensor(float(self._lacking is not None), dtype=torch.float64)
+
+    def end_if_any(self, lacking: torch.Tensor) -> None:
+        """Args:
+            lacking: The sum over all processes.
+
+        Raises:
+            OutOfMemory: Memory ran out in one of them.
+        """
+        if lacking > 0:
+            raise self._lacking or OutOfMemory(
+                "a process that trains along needs more memory than there is", where="training", mend=MEND
+            )
+
+    def _of(self, rows: Sequence[Example]) -> Iterator[tuple[list[Example], float]]:
         share = self._world.share(sorted(rows, key=lambda one: -len(one.ids)))
         passes = parts([len(one.ids) for one in share], self._tokens, padded=not self._body.packed)
         for part in passes:
@@ -56,18 +93,6 @@ class Passes:
         if self._sharded:
             for _ in range(len(passes), self._world.most(len(passes))):
                 yield list(rows[:1]), 0.0
-
-    @contextmanager
-    def within_memory(self, part: Sequence[Example]) -> Iterator[None]:
-        """Raises:
-        OutOfMemory: What is done inside needs more than there is, or than may be used.
-        """
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory(part) from error
-        if self._memory is not None and peak_memory() > self._memory:
-            raise self._out_of_memory(part)
 
     def _out_of_memory(self, part: Sequence[Example]) -> OutOfMemory:
         device = self._body.device
@@ -82,5 +107,5 @@ class Passes:
             used=used,
             total=total,
             where="training",
-            mend="Lower training.micro_batch_tokens or base.max_tokens, or set training.gradient_checkpointing.",
+            mend=MEND,
         )

@@ -162,7 +162,7 @@ class Trainer:
         self._average = None if share is None else WeightAverage(self.weights, share)
         self._best: tuple[dict[str, torch.Tensor], np.ndarray] | None = None
         self._outputs = np.zeros((0, learner.outputs), dtype=np.float32)
-        self._fewest_errors = np.zeros(0, dtype=np.float32)
+        self._best_errors = np.zeros(0, dtype=np.float32)
 
     def run(self) -> Trained:
         """Train to the end, or from where an earlier process stopped.
@@ -228,6 +228,8 @@ class Trainer:
                     (now - began) / (self.at.step - first) * (self.steps - self.at.step),
                 )
             )
+            if self.at.batch == len(batches):
+                break  # what is saved next is the epoch with its validation
             interrupted = self.world.agree(asked())
             if interrupted or now - saved > self.options.checkpoint_minutes * 60:
                 self.at.seconds = now - started
@@ -236,6 +238,8 @@ class Trainer:
             if interrupted:
                 raise Interrupted(f"saved at step {self.at.step} of {self.steps}")
         self._end_epoch(time.perf_counter() - started)
+        if self.world.agree(asked()):
+            raise Interrupted(f"saved at step {self.at.step} of {self.steps}")
 
     def _end_epoch(self, seconds: float) -> None:
         with nullcontext() if self._average is None else self._average.instead():
@@ -245,10 +249,10 @@ class Trainer:
         errors = self.learner.errors(outputs, self.validation)
         history = self.history
         best = not len(self.validation) or all(score > self.learner.score(one) for one in history.validation)
-        kept = best or (self.options.kept_epoch == "last_as_good" and not clearly_worse(errors, self._fewest_errors))
+        kept = best or (self.options.kept_epoch == "last_as_good" and not clearly_worse(errors, self._best_errors))
         history.validation.append(measured)
         if best:
-            self._fewest_errors = errors
+            self._best_errors = errors
         if kept:
             history.best_epoch = self.at.epoch
             learned = self.weights if self._average is None else self._average.tensors
@@ -265,15 +269,20 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64)
         # dropout is a function of the step, so that neither an interruption nor another process changes it
         torch.manual_seed(((self.options.seed * 1_000_003 + self.at.step) * 1_009 + self.world.rank) % 2**63)
-        for part, counts in self._passes.of(rows):
-            with self._passes.within_memory(part), self.learner.body.states(part) as states:
+
+        def backward(part: list[Example], counts: float) -> None:
+            with self.learner.body.states(part) as states:
                 loss = self.learner.loss(states, part) * (counts / divisor)
                 loss.backward()
-            total += loss.detach().double().cpu()
+            total.add_(loss.detach().double().cpu())
+
+        lacking = self._passes.each(rows, backward)
         for weight in self.weights.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        self.world.sum([total, *(weight.grad for weight in self.weights.values() if weight.grad is not None)])
+        grads = (weight.grad for weight in self.weights.values() if weight.grad is not None)
+        self.world.sum([total, lacking, *grads])
+        self._passes.end_if_any(lacking)
         value = float(total)
         if not math.isfinite(value):
             raise TrainingError(
@@ -292,11 +301,15 @@ class Trainer:
         self.learner.body.eval()
         outputs = torch.zeros(len(examples), self.learner.outputs)
         place = {one.number: at for at, one in enumerate(examples)}
-        for part, counts in self._passes.of(examples):
-            with self._passes.within_memory(part), self.learner.body.states(part) as states:
+
+        def forward(part: list[Example], counts: float) -> None:
+            with self.learner.body.states(part) as states:
                 if counts:
                     outputs[[place[one.number] for one in part]] = self.learner.output(states, part).float().cpu()
-        self.world.sum([outputs])
+
+        lacking = self._passes.each(examples, forward)
+        self.world.sum([outputs, lacking])
+        self._passes.end_if_any(lacking)
         return outputs.numpy()
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -337,7 +350,7 @@ class Trainer:
             tensors |= {f"{moment}/{name}": state[weight][moment] for name, weight in self.weights.items()}
         if self._average is not None:
             tensors |= {f"average/{name}": value for name, value in self._average.tensors.items()}
-        arrays = {"outputs": self._outputs, "fewest_errors": self._fewest_errors}
+        arrays = {"outputs": self._outputs, "best_errors": self._best_errors}
         tensors |= {"trace": torch.stack(self._trace), **{name: torch.from_numpy(one) for name, one in arrays.items()}}
         snapshot = Snapshot({**asdict(self.at), "history": asdict(self.history)}, tensors)
         self.checkpoints.save(snapshot, epoch_seconds=epoch_seconds, best=best)
@@ -359,7 +372,7 @@ class Trainer:
             }
             if self._average is not None:
                 self._average.tensors[name].copy_(tensors[f"average/{name}"])
-        self._trace, self._fewest_errors = list(tensors["trace"]), tensors["fewest_errors"].numpy()
+        self._trace, self._best_errors = list(tensors["trace"]), tensors["best_errors"].numpy()
 
     def _best_weights(self) -> tuple[Mapping[str, torch.Tensor], np.ndarray]:
         if self._best is not None:

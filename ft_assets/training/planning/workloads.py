@@ -20,6 +20,7 @@ from ft_assets.training.identity import TRAINER, environment_of_training
 from ft_assets.training.jobs import SPLITS, inputs_of
 from ft_assets.training.planning.cost_model import Counts, Observation, Rates, rates
 from ft_assets.training.recipes import Settings
+from ft_assets.training.relief import RELIEF
 from ft_assets.training.reporting import expected_device
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import REPOSITORY, Environment, source_digest
@@ -258,7 +259,10 @@ class Recorded:
 
 def recorded_runs(lake: Lake, ledger: Ledger, environment: Environment, settings: Settings) -> list[Recorded]:
     """The newest comparable runs, of the same base model first, each way of training once."""
-    runs = ledger.training_runs(status="FINISHED")
+    every = ledger.training_runs()
+    ended = every["status"] == "FINISHED"
+    resumed = every["trained_from"].isin(every.loc[~ended, "trained_from"])  # took less than their steps do
+    runs = every[ended & ~resumed]
     base, device = resolve_base(settings.base.model).digest, expected_device(environment)
     runs = runs[runs["device"] == device].dropna(subset=["tokens", "wall_seconds", "peak_memory_bytes", "adapter"])
     runs = runs.drop_duplicates("trained_from").assign(same=lambda frame: frame["base_digest"] == base)
@@ -287,7 +291,7 @@ def recorded_runs(lake: Lake, ledger: Ledger, environment: Environment, settings
 
 
 def _comparable(lake: Lake, environment: Environment, adapter: str) -> Mapping[str, Any] | None:
-    """What the adapter of a recorded run was made from; None if it was made elsewhere or is there no more."""
+    """What the adapter of a recorded run was made from; None if it ran out of memory, is of elsewhere, or is gone."""
     try:
         made = lake.open(adapter).made_from
         resolve_base(made["settings"]["base"]["model"])
@@ -297,6 +301,8 @@ def _comparable(lake: Lake, environment: Environment, adapter: str) -> Mapping[s
         return None
     here = environment_of_training(environment)
     there = made["environment"]
+    if RELIEF in made:
+        return None
     return made if all(here.get(name) == there.get(name) for name in SAME_MACHINE) else None
 
 

@@ -66,6 +66,8 @@ class Attempt:
     """Nothing was trained now."""
     why: str = ""
     """Of one that did not finish."""
+    kept_epoch: int = 0
+    """The epoch whose weights the adapter has, of one that finished; counted from 1."""
     trained_from: str = ""
     """Digest of everything its adapter is, or would be, made from."""
     course: dict[str, Any] = field(default_factory=dict)
@@ -339,16 +341,16 @@ def _watch(trial: Any, settings: Resolved, spec: SearchSpec, objective: Objectiv
 def _end(
     study: Any, trial: Any, objective: Objective, attempt: Attempt
 ) -> tuple[tuple[float, float] | None, dict[str, float]]:
-    """Tell the study how the trial ended; returns how it ranks, if it finished, and its best epoch's figures."""
+    """Tell the study how the trial ended; returns how it ranks, if it finished, and the figures of its kept epoch."""
     from optuna.trial import TrialState
 
     if not attempt.epochs or attempt.state == "failed":
         study.tell(trial, state=TrialState.FAIL)
         return None, {}
-    measured = max((epoch["measured"] for epoch in attempt.epochs), key=objective.order)
     if attempt.state != "finished":
         study.tell(trial, state=TrialState.PRUNED)
-        return None, measured
+        return None, max((epoch["measured"] for epoch in attempt.epochs), key=objective.order)
+    measured = attempt.epochs[attempt.kept_epoch - 1]["measured"]
     study.tell(trial, measured[objective.name])
     return objective.order(measured), measured
 

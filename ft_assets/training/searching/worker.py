@@ -119,6 +119,8 @@ class Record:
     seconds: float
     complete: bool
     """False: it was ended after the last of these epochs."""
+    kept_epoch: int = 0
+    """Of one that is complete, counted from 1."""
     error: str = ""
     """Of one that failed."""
     course: dict[str, Any] = field(default_factory=dict)
@@ -221,8 +223,9 @@ class Workshop:
         if stored is not None:
             record = Record(**stored.json("record.json"))
         elif adapter is not None:  # trained outside of a search: nobody knows how long it took
-            validation = adapter.json("training.json")["validation"]
-            record = Record([{"measured": measured, "seconds": 0.0} for measured in validation], 0.0, True)
+            history = adapter.json("training.json")
+            epochs = [{"measured": measured, "seconds": 0.0} for measured in history["validation"]]
+            record = Record(epochs, 0.0, True, history["best_epoch"])
         else:
             return None
         last, key = made["settings"]["training"]["epochs"], digest_of(dict(made))
@@ -247,7 +250,14 @@ class Workshop:
             return None
         digest = adapter.digest if adapter else None
         return Attempt(
-            "finished", record.epochs, record.seconds, digest, reused=True, trained_from=key, course=record.course
+            "finished",
+            record.epochs,
+            record.seconds,
+            digest,
+            reused=True,
+            kept_epoch=record.kept_epoch,
+            trained_from=key,
+            course=record.course,
         )
 
     def _trained(
@@ -299,6 +309,8 @@ class Workshop:
                         on_step=reporter.step,
                         on_epoch=on_epoch,
                     )
+                if trained:
+                    attempt.kept_epoch = trained.history.best_epoch
                 if trained and publish:
                     attempt.adapter = self._lake.publish("adapter", folder, made).digest
                     publish_trace(self._lake, attempt.adapter, trained)
@@ -318,7 +330,7 @@ class Workshop:
 
     def _keep(self, made: Mapping[str, Any], attempt: Attempt, trained: Trained | None) -> None:
         error = attempt.why if attempt.state == "failed" else ""
-        record = Record(attempt.epochs, attempt.seconds, trained is not None, error, attempt.course)
+        record = Record(attempt.epochs, attempt.seconds, trained is not None, attempt.kept_epoch, error, attempt.course)
         with tempfile.TemporaryDirectory(prefix="ft-") as scratch:
             (Path(scratch) / "record.json").write_text(json.dumps(asdict(record)))
             if trained is not None:
