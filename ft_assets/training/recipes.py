@@ -48,7 +48,7 @@ class TrainingSettings(Strict):
     kept_epoch: Literal["best", "last_as_good"] = Field(
         "best",
         description="best: the one with the best validation score; last_as_good: the last one that is not clearly "
-        "worse, by more than a standard error over the validation rows.",
+        "worse, by more than two standard errors over the validation rows, in which classes weigh the same.",
     )
     first_epoch_tokens: int | None = Field(
         None,

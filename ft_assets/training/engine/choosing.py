@@ -4,15 +4,15 @@ import math
 
 import numpy as np
 
-ROUNDING = 1e-12
-"""Of a mean of differences."""
+STANDARD_ERRORS = 2.0
+"""A mean difference beyond so many is no accident: one in twenty is."""
 
 
 def clearly_worse(errors: np.ndarray, before: np.ndarray) -> bool:
-    """Whether rows are more wrong than they were, by more than a standard error of the mean difference.
+    """Whether rows are more wrong than they were, by more than two standard errors of the mean difference.
 
-    One row that is wrong where it was right, and no other change, is one standard error: not clearly worse. What is no
-    number is.
+    Of many rows that weigh the same, three may be wrong that were right, with no other change. What is no number is
+    clearly worse.
 
     Args:
         errors: float [rows], how wrong each row is.
@@ -20,4 +20,4 @@ def clearly_worse(errors: np.ndarray, before: np.ndarray) -> bool:
     """
     differences = errors.astype(np.float64) - before
     deviation = differences.std(ddof=1) if len(differences) > 1 else 0.0
-    return not differences.mean() <= deviation / math.sqrt(len(differences)) + ROUNDING
+    return not differences.mean() <= STANDARD_ERRORS * deviation / math.sqrt(len(differences))
