@@ -55,6 +55,7 @@ class Body:
         self.device, self.dtype, self.settings = device, dtype, settings
         self.network = _load(base, settings, dtype, causal=causal)
         self.adapted: PeftModel | None = None
+        self._recomputes = False
         lower = None
         if settings.method == "lora":
             self.adapted, lower = _with_adapter(self.network, settings, causal=causal)
@@ -136,8 +137,9 @@ class Body:
                 where="training.gradient_checkpointing",
                 mend="Lower base.max_tokens or training.micro_batch_tokens, or choose another base.model.",
             )
-        if not self.network.is_gradient_checkpointing:
+        if not self._recomputes:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
+            self._recomputes = True
 
     def train(self) -> None:
         self.network.train()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 STANDARD_ERRORS = 2.0
-"""A mean difference beyond so many is no accident: one in twenty is."""
+"""Chance alone makes a larger difference once in twenty times."""
 
 
 def clearly_worse(errors: np.ndarray, before: np.ndarray) -> bool:
