@@ -1,13 +1,17 @@
 """Tiny base models with random weights, of the architectures people fine-tune, and rows to train them on."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 import transformers
 
+from ft_assets.training.engine.runs import TaskRows, fit, tokenise
+from ft_assets.training.engine.trainer import Step, Trained
 from ft_assets.training.recipes import Settings
+from ft_resources.base_models import resolve
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 ENCODERS = {
@@ -57,3 +61,24 @@ def settings(model: str, /, **sections: dict[str, object] | str) -> Settings:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of an adapter."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def train(rows: TaskRows, chosen: Settings, folder: Path, **further: object) -> Trained:
+    """Train on these rows and write the adapter to `folder`; `further` arguments are those of `fit`."""
+    base = resolve(chosen.base.model)
+    data = tokenise(rows, base, chosen.base.max_tokens)
+    return fit(rows, data, base, chosen, folder, describe={"task": "small"}, **further)  # type: ignore[arg-type]
+
+
+class Died(Exception):
+    """Stands for a process that ends between two steps."""
+
+
+def dies_at(number: int) -> Callable[[Step], None]:
+    """For `on_step`: raises `Died` after this step."""
+
+    def on_step(step: Step) -> None:
+        if step.step == number:
+            raise Died
+
+    return on_step
