@@ -306,7 +306,9 @@ class VllmGenerator(Prompting):
         except asyncio.CancelledError:  # by who asked, who does not wait any more, or by `close`
             answer.fail(ServiceError("the engine was closed", mend="Try again."))
         except Exception as error:  # whatever it is, it is of this answer alone
-            answer.fail(_failed(str(error.__cause__ or error)))
+            failure = _failed(str(error.__cause__ or error))
+            failure.__cause__ = error
+            answer.fail(failure)
         finally:
             self._answering.discard(me)
 

@@ -31,6 +31,7 @@ from ft_assets.training.engine.runs import (
     use_cores,
 )
 from ft_assets.training.engine.trainer import Pruned, Trained
+from ft_assets.training.jobs import key_of
 from ft_assets.training.planning.prices import CPU, hourly_price
 from ft_assets.training.recipes import Resolved, Settings, with_values
 from ft_assets.training.reporting import Log, Reporter, expected_device
@@ -228,7 +229,7 @@ class Workshop:
             record = Record(epochs, 0.0, True, history["best_epoch"])
         else:
             return None
-        last, key = made["settings"]["training"]["epochs"], digest_of(dict(made))
+        last, key = made["settings"]["training"]["epochs"], key_of(made)
         for number, epoch in enumerate(record.epochs, start=1):
             ended = watch(number, epoch["measured"], epoch["seconds"]) if number < last else None
             if ended:
@@ -265,7 +266,7 @@ class Workshop:
     ) -> Attempt:
         settings = resolved.settings
         part = self._part(self.data(settings), settings, share)
-        key = digest_of(dict(made))
+        key = key_of(made)
         parent = self._lake.open(made["parent"]) if "parent" in made else None
         tags = {**self._job["tags"], TRAINED_FROM: key, PARENT: self._parent.run_id, "search_trial": name}
         if not publish:  # of this key is only who trained an adapter that is kept
