@@ -5,6 +5,7 @@ is VmHWM: `ru_maxrss` there starts at the peak of the process that forked this o
 """
 
 import csv
+import math
 import os
 import resource
 import sys
@@ -56,6 +57,8 @@ class Sample:
     memory_bytes: int
     cpu_utilisation: float
     """Percent of the cores that this process may use."""
+    cpu_seconds: float
+    """Since the metering began, of this process and its children."""
     gpu_utilisation: float | None = None
     """Percent of the time with a kernel running."""
     gpu_memory_bytes: int | None = None
@@ -179,7 +182,7 @@ class Meter:
                 rate = min(100.0, 100 * used / (since * self._cores)) if self._samples else 0.0
             self._at, self._cpu = at, max(cpu, self._cpu)
             self._joules += sum(package.spent() for package in self._packages)
-            sample = Sample(at - self._began, memory, rate, **gpu)
+            sample = Sample(at - self._began, memory, rate, self._cpu - self._cpu_began, **gpu)
             self._samples.append(sample)
             if self._sink and not self._sink.closed:
                 row = asdict(sample).values()
@@ -210,6 +213,41 @@ class Meter:
                 times = process.cpu_times()
                 seconds += times.user + times.system + times.children_user + times.children_system
         return memory, seconds
+
+
+def stored_samples(file: Path) -> list[dict[str, float]]:
+    """The samples in the file of a `Meter`, if it is there; unknown values are NaN.
+
+    A last line that was not written to its end is left out.
+    """
+    rows = []
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as source:
+            for row in csv.DictReader(source):
+                with suppress(TypeError, ValueError):
+                    rows.append({name: float(value) if value != "" else math.nan for name, value in row.items()})
+    return rows
+
+
+def sampled_usage(file: Path) -> Usage | None:
+    """What a process used up to the last sample in the file of its `Meter`, which was killed before it could say.
+
+    Peaks are those of the samples, and of the whole GPU; the energy is an estimate. None: there is no sample.
+    """
+    samples = stored_samples(file)
+    if not samples:
+        return None
+    last = samples[-1]
+    on_gpu = [sample["gpu_memory_bytes"] for sample in samples if not math.isnan(sample["gpu_memory_bytes"])]
+    return Usage(
+        wall_seconds=last["seconds"],
+        cpu_seconds=last["cpu_seconds"],
+        gpu_seconds=last["seconds"] if on_gpu else 0.0,
+        peak_memory_bytes=int(max(sample["memory_bytes"] for sample in samples)),
+        peak_gpu_memory_bytes=int(max(on_gpu, default=0)),
+        energy_wh=last["cpu_seconds"] * WATTS_PER_CORE / 3600,
+        energy_source="estimate without GPU" if on_gpu else "estimate",
+    )
 
 
 class _Package:

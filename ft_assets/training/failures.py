@@ -4,7 +4,6 @@ FT_HOME/results/TASK/RUN/ holds config.yaml (each value with where it comes from
 environment.json, resources.csv and resources.png; of a failed training also failure.json. Secrets are masked in all.
 """
 
-import csv
 import errno
 import io
 import json
@@ -14,7 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from ft_resources.errors import (
     TrainingError,
 )
 from ft_resources.masking import mask, mask_text
-from ft_resources.usage import GIGABYTE, Sample, Usage
+from ft_resources.usage import GIGABYTE, Usage, stored_samples
 
 LOG_LINES = 2000
 TRACEBACK_LINES = 60
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 FAILURE = "failure.json"
 INTERRUPTED = "interrupted"
 """Code of a training that was asked to end."""
@@ -108,18 +108,18 @@ def write_results(
     metrics: Mapping[str, Any],
     log: str | Sequence[str],
     usage: Usage | None,
-    curve: Sequence[Mapping[str, Any]] | None,
     provenance: Mapping[str, Any],
     failure: Failure | None = None,
 ) -> None:
-    """Write all files of a results folder; those of an earlier attempt of the same run are replaced.
+    """Write all files of a results folder, beside the `resources.csv` that the worker's meter wrote itself.
+
+    Those of an earlier attempt of the same run are replaced.
 
     Args:
         config: The merged configuration, nested.
         origins: Dotted path of a value of `config` -> where it comes from.
         log: Text or lines; the last 2,000 are kept.
-        usage: None when nobody could say, as of a worker that was killed.
-        curve: `Meter.curve()`; None keeps the `resources.csv` that the meter wrote itself.
+        usage: None when nobody can say.
         failure: None for a training that ended well.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,13 +128,8 @@ def write_results(
     _write_json(folder / "metrics.json", metrics)
     # in one piece: a private key spans lines
     (folder / "logs.txt").write_text(mask_text("\n".join(lines[-LOG_LINES:])) + "\n", encoding="utf-8")
-    _write_json(folder / "environment.json", {"provenance": provenance, "usage": asdict(usage) if usage else None})
-    if curve is not None:
-        with (folder / RESOURCES).open("w", newline="", encoding="utf-8") as sink:
-            writer = csv.DictWriter(sink, [field.name for field in fields(Sample)])
-            writer.writeheader()
-            writer.writerows(curve)
-    (folder / "resources.png").write_bytes(_resources(_stored_curve(folder / RESOURCES)))
+    _write_json(folder / ENVIRONMENT, {"provenance": provenance, "usage": asdict(usage) if usage else None})
+    (folder / "resources.png").write_bytes(_resources(stored_samples(folder / RESOURCES)))
     if failure is None:
         (folder / FAILURE).unlink(missing_ok=True)
     else:
@@ -183,17 +178,6 @@ def _yaml(config: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     text = io.StringIO()
     yaml.dump(node(config, ""), text)
     return text.getvalue()
-
-
-def _stored_curve(file: Path) -> list[dict[str, float]]:
-    """Rows of `resources.csv`; a last line that was not written to its end is left out."""
-    rows = []
-    if file.exists():
-        with file.open(newline="", encoding="utf-8") as source:
-            for row in csv.DictReader(source):
-                with suppress(TypeError, ValueError):
-                    rows.append({name: float(value) if value != "" else math.nan for name, value in row.items()})
-    return rows
 
 
 def _resources(rows: Sequence[Mapping[str, float]]) -> bytes:

@@ -1,14 +1,24 @@
 """The ledger's row of each training that ended, and the results folder of one whose worker could not write it."""
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from ft_assets.training.failures import FAILURE, INTERRUPTED, failure_of, results_folder, write_results
+from ft_assets.training.failures import (
+    ENVIRONMENT,
+    FAILURE,
+    INTERRUPTED,
+    RESOURCES,
+    failure_of,
+    results_folder,
+    write_results,
+)
 from ft_assets.training.jobs import PLUGIN, made_on
 from ft_assets.training.planning.prices import cost
 from ft_resources.compute import WorkerDied
@@ -17,9 +27,7 @@ from ft_resources.errors import FtError, SpecError
 from ft_resources.ledger import Ledger
 from ft_resources.tracking import end_abandoned
 from ft_resources.training_runs import TrainingRun
-from ft_resources.usage import Usage
-
-USAGE = tuple(field.name for field in fields(Usage))
+from ft_resources.usage import Usage, sampled_usage
 
 
 @contextmanager
@@ -38,6 +46,7 @@ def recorded(
                 started=started,
                 ended=datetime.now(UTC),
                 error=code,
+                **_took(environment, job, started),
             )
         )
 
@@ -48,11 +57,11 @@ def recorded(
         end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
         raise
     except FtError as error:
-        failed(error.code)
         if isinstance(error, WorkerDied):
             end_abandoned(environment.mlflow, job["tags"]["dagster_run_id"])
-            if not told_since(environment, job, started):
-                _write_for(environment, job, error)
+            if not _written_since(started, _results(environment, job) / FAILURE):
+                _write_for(environment, job, error, started)
+        failed(error.code)
         raise
 
 
@@ -77,9 +86,8 @@ def _method(made: Mapping[str, Any]) -> dict[str, str]:
     return {"base": settings["base"]["model"], "base_digest": made["base"], "method": settings["method"]}
 
 
-def _cost(usage: Usage, report: Mapping[str, Any], environment: Environment) -> float | None:
+def _cost(usage: Usage, gpus: Sequence[str] | None, environment: Environment) -> float | None:
     """What a training cost; None as well where the price table cannot be read: no reason to lose a training."""
-    gpus = report["provenance"]["hardware"]["gpus"] if report["device"] == "cuda" else None
     try:
         return cost(usage, environment, str(gpus[0]) if gpus else "")
     except SpecError:
@@ -89,10 +97,10 @@ def _cost(usage: Usage, report: Mapping[str, Any], environment: Environment) -> 
 def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[str, Any]) -> TrainingRun:
     history = report["history"]
     best = history["validation"][history["best_epoch"] - 1]
-    usage = {name: report["usage"][name] for name in USAGE}
+    usage = Usage(**report["usage"])
     return TrainingRun(
         **_identity(job),
-        **usage,
+        **asdict(usage),
         run_id=report["mlflow_run"],
         status="FINISHED",
         started=datetime.fromisoformat(report["started"]),
@@ -103,29 +111,47 @@ def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[
         rows=report["rows"],
         tokens=history.get("tokens"),
         steps=len(history["loss"]),
-        cost=_cost(Usage(**usage), report, environment),
+        cost=_cost(usage, report["provenance"]["hardware"]["gpus"], environment),
         accuracy=best.get("accuracy"),
         macro_f1=best.get("macro_f1"),
         loss=best["loss"],
     )
 
 
-def told_since(environment: Environment, job: Mapping[str, Any], started: datetime) -> bool:
-    """Whether the worker itself wrote why it failed, which nobody else knows as well."""
-    file = results_folder(environment, job["made_from"]["task"], job["run_name"]) / FAILURE
+def _took(environment: Environment, job: Mapping[str, Any], started: datetime) -> dict[str, Any]:
+    """What a training took that ended without an adapter, as its results folder tells; nothing where none began."""
+    folder = _results(environment, job)
+    if _written_since(started, folder / ENVIRONMENT):
+        told = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        usage = Usage(**told["usage"]) if told["usage"] else None
+        gpus = told["provenance"]["hardware"]["gpus"]
+    else:
+        usage, gpus = _sampled(folder, started), None
+    return {**asdict(usage), "cost": _cost(usage, gpus, environment)} if usage else {}
+
+
+def _sampled(folder: Path, started: datetime) -> Usage | None:
+    return sampled_usage(folder / RESOURCES) if _written_since(started, folder / RESOURCES) else None
+
+
+def _results(environment: Environment, job: Mapping[str, Any]) -> Path:
+    return results_folder(environment, job["made_from"]["task"], job["run_name"])
+
+
+def _written_since(started: datetime, file: Path) -> bool:
     return file.exists() and file.stat().st_mtime >= started.timestamp()
 
 
-def _write_for(environment: Environment, job: Mapping[str, Any], error: WorkerDied) -> None:
+def _write_for(environment: Environment, job: Mapping[str, Any], error: WorkerDied, started: datetime) -> None:
     """The results folder of a worker that had no time to write it."""
+    folder = _results(environment, job)
     write_results(
-        results_folder(environment, job["made_from"]["task"], job["run_name"]),
+        folder,
         config=job["made_from"]["settings"],
         origins=job["origins"],
         metrics={},
         log=str(error),
-        usage=None,
-        curve=None,
+        usage=_sampled(folder, started),
         provenance=made_on(job),
         failure=failure_of(error),
     )

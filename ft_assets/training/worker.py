@@ -39,7 +39,7 @@ def train_job(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     log.say("loading the trainer" if plugged else "loading torch, transformers and the base model", force=True)
     environment, started = Environment.read(), datetime.now(UTC)
     folder = results_folder(environment, job["made_from"]["task"], job["run_name"])
-    about = {"config": job["made_from"]["settings"], "origins": job["origins"], "curve": None}
+    about = {"config": job["made_from"]["settings"], "origins": job["origins"]}
     with Meter(device=expected_device(environment), file=folder / RESOURCES, warn=log.warn) as meter:
         tracked: TrackedRun | None = None
         try:

@@ -91,8 +91,9 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     again = next(at for at, note in enumerate(interruptor.notes) if "tried again" in note)
     before, after = steps_told(interruptor.notes[:again]), steps_told(interruptor.notes[again:])
     assert after[0] > before[0], "it began anew instead of going on"
-    statuses = platform.experiments(TASK)["status"].tolist()
-    assert sorted(statuses) == ["FAILED"] * times + ["FINISHED"]
+    attempts = platform.experiments(TASK)
+    assert sorted(attempts["status"]) == ["FAILED"] * times + ["FINISHED"]
+    assert (attempts[["wall_seconds", "cpu_seconds", "peak_memory_bytes", "cost"]] > 0).all(axis=None), "all cost"
 
 
 LATE = TASK_FILE.replace("max_tokens: 48", "max_tokens: 128").replace(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ft_resources import usage
-from ft_resources.usage import Meter, Sample
+from ft_resources.usage import Meter, Sample, sampled_usage
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -34,7 +34,7 @@ def test_memory_and_processor_time_of_some_work() -> None:
         block = np.ones(120 * MIB // 8)
         compute(0.5)
         assert meter.now()["memory_gb"] - before > 0.1
-        assert meter.now()["cpu_utilisation"] > 0
+        assert max(sample["cpu_utilisation"] for sample in meter.curve()) > 0
         running = meter.total()
         del block
     total = meter.total()
@@ -91,6 +91,22 @@ def test_samples_are_on_disk_at_once(tmp_path: Path) -> None:
     assert list(rows[0]) == list(Sample.__dataclass_fields__)
     assert int(rows[0]["memory_bytes"]) == meter.curve()[0]["memory_bytes"]
     assert rows[0]["gpu_utilisation"] == ""
+
+
+def test_what_a_killed_process_used_is_what_its_samples_say(tmp_path: Path) -> None:
+    file = tmp_path / "resources.csv"
+    with Meter(seconds=0.02, file=file) as meter:
+        compute(0.3)
+    total, used = meter.total(), sampled_usage(file)
+    assert used is not None
+    assert used.wall_seconds == pytest.approx(total.wall_seconds, abs=0.002)
+    assert used.cpu_seconds == pytest.approx(total.cpu_seconds, abs=0.002)
+    assert 0 < used.peak_memory_bytes <= total.peak_memory_bytes
+    assert used.energy_wh == pytest.approx(used.cpu_seconds * usage.WATTS_PER_CORE / 3600)
+    with file.open("a") as sink:
+        sink.write("99.9,7")  # cut off by the end of the process
+    assert sampled_usage(file) == used
+    assert sampled_usage(tmp_path / "none.csv") is None
 
 
 def test_a_warning_comes_once_when_memory_runs_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """The results folder: what is in it, what it never holds, and advice that fits the error."""
 
-import csv
 import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ from ft_resources.compute import WorkerDied, _died
 from ft_resources.environments import Environment
 from ft_resources.errors import ArtefactError, DataError, FtError, OutOfMemory, SpecError, TrainingError
 from ft_resources.provenance import provenance
-from ft_resources.usage import Meter
+from ft_resources.usage import Meter, sampled_usage
 
 FILES = {"config.yaml", "metrics.json", "logs.txt", "environment.json", "resources.csv", "resources.png"}
 CONFIG: dict[str, Any] = {
@@ -42,8 +42,13 @@ ORIGINS = {
 
 
 @pytest.fixture(scope="module")
-def meter() -> Meter:
-    with Meter(seconds=0.02) as metered:
+def metered_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metered") / RESOURCES
+
+
+@pytest.fixture(scope="module")
+def meter(metered_file: Path) -> Meter:
+    with Meter(seconds=0.02, file=metered_file) as metered:
         sum(range(4_000_000))
     return metered
 
@@ -55,7 +60,6 @@ def write(folder: Path, meter: Meter, **other: Any) -> None:
         "metrics": {"accuracy": 0.9, "loss": [0.5, math.nan]},
         "log": ["step 1", "step 2\nstep 3"],
         "usage": meter.total(),
-        "curve": meter.curve(),
         "provenance": provenance(),
         **other,
     }
@@ -66,9 +70,10 @@ def environment(home: Path) -> Environment:
     return Environment.read({}, home=home)
 
 
-def test_a_training_that_ended_well(tmp_path: Path, meter: Meter) -> None:
+def test_a_training_that_ended_well(tmp_path: Path, meter: Meter, metered_file: Path) -> None:
     folder = results_folder(environment(tmp_path), "team.mail", "team.mail 1a2b3c4d")
     assert folder == tmp_path / "results" / "team.mail" / "team.mail-1a2b3c4d"
+    shutil.copy(metered_file, folder)
     write(folder, meter)
     assert {file.name for file in folder.iterdir()} == FILES
     text = (folder / "config.yaml").read_text()
@@ -82,9 +87,6 @@ def test_a_training_that_ended_well(tmp_path: Path, meter: Meter) -> None:
     found = json.loads((folder / "environment.json").read_text())
     assert found["usage"]["peak_memory_bytes"] == meter.total().peak_memory_bytes
     assert found["provenance"]["packages"]["peft"]
-    with (folder / RESOURCES).open(newline="") as source:
-        rows = list(csv.DictReader(source))
-    assert [int(row["memory_bytes"]) for row in rows] == [sample["memory_bytes"] for sample in meter.curve()]
     assert (folder / "resources.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -121,11 +123,12 @@ def test_the_curve_of_a_worker_that_was_killed_is_kept(tmp_path: Path, meter: Me
         sink.write("1.2,77")  # a line cut off by the end of the process
     before = file.read_bytes()
     died = _died("ft_assets.training.worker", "External execution process failed with code -9")
-    write(tmp_path, meter, usage=None, curve=None, failure=failure_of(died))
+    write(tmp_path, meter, usage=sampled_usage(file), failure=failure_of(died))
     assert file.read_bytes() == before and len(before.splitlines()) > 5
-    assert json.loads((tmp_path / "environment.json").read_text())["usage"] is None
+    used = json.loads((tmp_path / "environment.json").read_text())["usage"]
+    assert used["wall_seconds"] > 0 and used["peak_memory_bytes"] > 5e6
     assert len((tmp_path / "resources.png").read_bytes()) > 5000
-    write(tmp_path / "nothing", meter, usage=None, curve=None)
+    write(tmp_path / "nothing", meter, usage=None)
     assert (tmp_path / "nothing" / "resources.png").exists()
 
 
@@ -162,7 +165,7 @@ def test_secrets_do_not_get_into_the_folder(tmp_path: Path, meter: Meter, monkey
         failure=failure,
     )
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert set(written) == FILES | {"failure.json"}
+    assert set(written) == (FILES - {RESOURCES}) | {"failure.json"}
     for name, content in written.items():
         for what, value in planted.items():
             assert value.encode() not in content, f"{what} in {name}"
