@@ -89,7 +89,7 @@ def test_a_base_that_is_not_on_this_machine_is_not_offered(tmp_path: Path) -> No
 
 def test_recipe_and_level_are_checked(tmp_path: Path) -> None:
     platform = Platform(Environment.read({}, home=tmp_path))
-    with pytest.raises(SpecError, match=r"Did you mean 'encoder-lora@[123]'\?"):
+    with pytest.raises(SpecError, match=r"Did you mean 'encoder-lora@[1234]'\?"):
         platform.recipe_form("encoder-lora@9")
     with pytest.raises(SpecError, match="there is no form 'expert'"):
         platform.recipe_form(RECIPE, "expert")  # type: ignore[arg-type]
