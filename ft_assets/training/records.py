@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,12 +121,12 @@ def _finished(environment: Environment, job: Mapping[str, Any], report: Mapping[
 def _took(environment: Environment, job: Mapping[str, Any], started: datetime) -> dict[str, Any]:
     """What a training took that ended without an adapter, as its results folder tells; nothing where none began."""
     folder = _results(environment, job)
+    usage, gpus = _sampled(folder, started), None
     if _written_since(started, folder / ENVIRONMENT):
-        told = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        usage = Usage(**told["usage"]) if told["usage"] else None
-        gpus = told["provenance"]["hardware"]["gpus"]
-    else:
-        usage, gpus = _sampled(folder, started), None
+        with suppress(ValueError):  # the worker was killed while it wrote
+            told = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+            usage = Usage(**told["usage"]) if told["usage"] else None
+            gpus = told["provenance"]["hardware"]["gpus"]
     return {**asdict(usage), "cost": _cost(usage, gpus, environment)} if usage else {}
 
 
