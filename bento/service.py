@@ -18,7 +18,7 @@ from bento.app import create_app
 from bento.auth import Doorkeeper
 from bento.backend import Backend
 from bento.front import Front
-from bento.lifecycle import Drain, Usage, end_with_parent, settle
+from bento.lifecycle import Drain, Usage, end_with_parent, settle, take_turns
 from bento.limits import RateLimits
 from bento.logs import use_json
 from bento.memory import keep_memory
@@ -81,6 +81,7 @@ class AdapterService:
         from ft_resources.ledger import Ledger
         from ft_resources.usage import usable_cores
 
+        take_turns()
         if settings.log == "json":
             use_json()
         environment = Environment.read()

@@ -188,6 +188,24 @@ def test_phases_tokens_and_the_process_are_measured_by_release(world: Any, serve
         assert found is not None and float(found[1]) > least
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="of Linux")
+def test_threads_that_work_do_not_take_the_core_from_each_other(server: Server) -> None:
+    def used(worker: psutil.Process) -> dict[int, float]:
+        return {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
+
+    before = [used(worker) for worker in workers(server)]
+    for _ in range(20):
+        server.ask(task="t1", inputs=["many words to read"] * 64)
+    busiest = {
+        max(now, key=lambda thread: now[thread] - then.get(thread, 0.0))
+        for worker, then in zip(workers(server), before, strict=True)
+        for now in [used(worker)]
+    }
+    loops = {worker.pid for worker in workers(server)}
+    assert busiest - loops, "no thread computes beside the event loop"
+    assert {os.sched_getscheduler(thread) for thread in busiest | loops} == {os.SCHED_BATCH}
+
+
 def test_workers_agree_on_a_new_route(world: Any, server: Server) -> None:
     assert len(workers(server)) == 2
     release = world.release("t1", world.second, "2")
