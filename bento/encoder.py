@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from transformers import AutoModel
+from transformers.activations import GELUActivation
 
 from bento.bf16 import Bf16Weight
 from bento.devices import DTYPES, Precision, fast_matmul, native_bf16
 from bento.int8 import Int8Weight
 from bento.loading import load_network
 from bento.memory import keep_memory
-from bento.multi_lora import MultiLora, Segments, Update, families_of, wrap_linears
-from bento.packing import PACKED, first_place, laid_out, layout, pack, probe_rows
+from bento.multi_lora import MultiLora, Pairs, Products, Segments, Update, families_of, wrap_linears
+from bento.native.products import NativeProducts
+from bento.packing import PACKED, Layout, first_place, laid_out, pack, probe_rows
 from bento.shared_weights import share_weights
+from bento.stacked_products import StackedProducts
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 
@@ -40,8 +43,8 @@ class Encoder:
         self.precision, self.device, self.dtype = precision, device, DTYPES[precision]
         self._model: Any = load_network(AutoModel, base, self.dtype, device)
         self.config: Any = self._model.config
-        self.update_dtype = torch.bfloat16 if precision == "int8" and native_bf16(device) else self.dtype
-        self._segments = Segments(self.update_dtype, device)
+        update_dtype = torch.bfloat16 if precision == "int8" and native_bf16(device) else self.dtype
+        self._segments = Segments()
         self.layers: dict[str, MultiLora] = wrap_linears(self._model, self._segments)
         if getattr(self._model, "pooler", None) is not None:
             self._model.pooler = None  # not on the way to the hidden states
@@ -50,27 +53,38 @@ class Encoder:
         self._first_place = first_place(self._model)
         self.packed = False
         try:
-            self.families = families_of(self.layers, self._probe)
+            families = families_of(self.layers, self._probe)
         except (RuntimeError, TypeError) as error:
             raise ServiceError(
                 f"base model '{base.reference}' cannot be computed in {precision}: {error}",
                 where=str(base.path),
                 mend="Use fp32, or another base model.",
             ) from error
-        self.packed = device.type == "cpu" and self._packs()
+        padded = self._probe()
+        self._activate_in_place(padded)
+        self.packed = device.type == "cpu" and self._packs(padded)
         if precision == "int8":
             for layer in self.layers.values():
                 layer.take(Int8Weight)
-            self._attention = self.update_dtype
+            self._attention = update_dtype
         elif precision == "bf16" and device.type == "cpu" and native_bf16(device):
             for layer in self.layers.values():
                 layer.take(Bf16Weight)
+        native = self.dtype == update_dtype and not NativeProducts.missing(self.layers.values(), self.dtype, device)
+        self._products: Products[Any] = (
+            NativeProducts(families) if native else StackedProducts(families, update_dtype, device)
+        )
+        self._segments.products = self._products
         share_weights(f"{base.digest}-encoder-{precision}", (*self._model.parameters(), *self._model.buffers()))
 
     @property
     def hidden(self) -> int:
         """Width of a vector."""
         return int(self.config.hidden_size)
+
+    def update(self, pairs: Pairs) -> Update:
+        """An adapter with these matrices, for `pooled`."""
+        return self._products.update(pairs)
 
     def pooled(
         self,
@@ -127,7 +141,7 @@ class Encoder:
 
     def _packed(self, texts: Sequence[Sequence[int]], segments: Sequence[tuple[int, int, Update]]) -> torch.Tensor:
         lengths = [len(text) for text in texts]
-        how, starts = layout(lengths, self._attention, self.device), [0, *accumulate(lengths)]
+        how, starts = Layout(tuple(lengths), self._attention, self.device), [0, *accumulate(lengths)]
         parts = [(starts[first], starts[after], update) for first, after, update in segments]
         ids, places = pack(texts, self._first_place, self.device)
         with self._segments.batch(how.tokens, parts), laid_out(how):
@@ -149,12 +163,25 @@ class Encoder:
         """Means of the two texts of `probe_rows`."""
         return self.pooled(probe_rows(int(self.config.vocab_size), step), (), ("mean", "mean"))
 
-    def _packs(self) -> bool:
+    def _activate_in_place(self, usually: torch.Tensor) -> None:
+        """Let GELU write where it reads, which is the largest tensor of a layer, unless the model still needs that.
+
+        Args:
+            usually: What `_probe` gives.
+        """
+        activations = [module for module in self._model.modules() if isinstance(module, GELUActivation)]
+        usual = [activation.act for activation in activations]
+        for activation in activations:
+            activation.act = torch.ops.aten.gelu_
+        if not torch.equal(self._probe(), usually):
+            for activation, act in zip(activations, usual, strict=True):
+                activation.act = act
+
+    def _packs(self, padded: torch.Tensor) -> bool:
         """Whether two texts in a pack get the states they get in a padded batch; leaves the attention that fits."""
         standard = self.config._attn_implementation
         if any(isinstance(getattr(self.config, name, None), int | float) for name in WINDOWS):
             return False
-        padded = self._probe()
         try:
             self._model.set_attn_implementation(PACKED)
             self.packed = True

@@ -96,11 +96,8 @@ class Engine:
             return known
         files = read_adapter(folder)
         self._check(files, folder)
-        update = Update(
-            {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()},
-            self._encoder.families,
-            self._encoder.update_dtype,
-            self.device,
+        update = self._encoder.update(
+            {module: (low.a.t(), low.b.t() * low.scale) for module, low in files.updates.items()}
         )
         if not update.finite:
             raise ServiceError(

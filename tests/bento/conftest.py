@@ -112,6 +112,28 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
+def with_int8() -> None:
+    """The processor multiplies in int8."""
+    import torch
+
+    from bento.int8 import int8_gap
+
+    if gap := int8_gap(torch.device("cpu")):
+        pytest.skip(gap)
+
+
+@pytest.fixture(scope="session")
+def with_bf16() -> None:
+    """The processor multiplies bf16 itself."""
+    import torch
+
+    from bento.devices import native_bf16
+
+    if not native_bf16(torch.device("cpu")):
+        pytest.skip("this CPU does not multiply bf16 itself")
+
+
+@pytest.fixture(scope="session")
 def workshop() -> Workshop:
     return Workshop()
 

@@ -8,7 +8,6 @@ import pytest
 
 from bento.adapters import AdapterStore, BasePool, LakeAdapters
 from bento.engine import Engine
-from bento.int8 import int8_gap
 
 TEXT = "Please find the invoice attached."
 
@@ -71,7 +70,9 @@ def test_an_adapter_that_is_unloaded_while_it_is_loaded_is_loaded_again(
     assert len(loads) == 2
 
 
-def test_each_precision_has_its_engine_and_auto_shares_what_it_stands_for(world: Any, workshop: Any) -> None:
+def test_each_precision_has_its_engine_and_auto_shares_what_it_stands_for(
+    with_bf16: None, world: Any, workshop: Any
+) -> None:
     bases = BasePool([workshop.base], precision="fp32", device="cpu")
     store = AdapterStore(LakeAdapters(world.lake), bases)
     exact, _ = store.get(world.first)
@@ -86,12 +87,10 @@ def test_each_precision_has_its_engine_and_auto_shares_what_it_stands_for(world:
 
 
 def test_int8_falls_back_to_fp32_where_it_cannot_be_computed(
-    world: Any, workshop: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    with_int8: None, world: Any, workshop: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
 
-    if int8_gap(torch.device("cpu")):
-        pytest.skip(int8_gap(torch.device("cpu")))
     bases = BasePool([workshop.base], device="cpu")
     fast, _ = AdapterStore(LakeAdapters(world.lake), bases).get(world.first, "int8")
     assert fast.precision == "int8"

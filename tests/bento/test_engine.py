@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.activations import GELUActivation
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from bento.classify import passes
 from bento.devices import pick_device, pick_precision
 from bento.encoder import Encoder
 from bento.engine import Engine
-from bento.int8 import Int8Weight, int8_gap, quantise
-from bento.packing import exponentials, layout
+from bento.int8 import Int8Weight, quantise
+from bento.packing import Layout, exponentials
 from ft_resources.base_models import BaseModel
 from ft_resources.errors import ServiceError
 from tests.bento.writers import while_a_model_loads
@@ -71,9 +73,7 @@ def bf16(workshop: Any, folders: dict[str, Path]) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def int8(workshop: Any, folders: dict[str, Path]) -> Engine:
-    if int8_gap(pick_device("cpu")):
-        pytest.skip(int8_gap(pick_device("cpu")))
+def int8(with_int8: None, workshop: Any, folders: dict[str, Path]) -> Engine:
     return loaded(workshop.base, "int8", folders)
 
 
@@ -208,7 +208,7 @@ def test_in_int8_too_an_answer_depends_on_its_own_text_alone(workshop: Any, int8
         np.testing.assert_allclose(among.probabilities, alone.probabilities, atol=0.05)
 
 
-def test_a_tokens_int8_product_does_not_see_its_neighbours() -> None:
+def test_a_tokens_int8_product_does_not_see_its_neighbours(with_int8: None) -> None:
     torch.manual_seed(0)
     weight, inputs = torch.randn(40, 64), torch.randn(5, 64)
     layer = Int8Weight(weight, torch.randn(40))
@@ -251,6 +251,21 @@ def test_a_model_that_attends_its_own_way_is_padded(workshop: Any, tmp_path: Pat
     assert not encoder.packed
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_activations_overwrite_only_what_nobody_needs(
+    workshop: Any, needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(layer: Any, states: torch.Tensor) -> torch.Tensor:
+        wide = layer.dense(states)
+        return layer.intermediate_act_fn(wide) + wide * 0.1
+
+    if needed:
+        monkeypatch.setattr(BertIntermediate, "forward", forward)
+    encoder = Encoder(workshop.base, "fp32", pick_device("cpu"))
+    used = {each.act for each in encoder._model.modules() if isinstance(each, GELUActivation)}
+    assert used == {torch.nn.functional.gelu if needed else torch.ops.aten.gelu_}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_text_without_tokens_spoils_no_other(workshop: Any, precision: Any) -> None:
     encoder = Encoder(workshop.base, precision, pick_device("cpu"))
@@ -289,7 +304,7 @@ def test_new_lengths_make_few_new_shapes() -> None:
     shapes: set[tuple[int, ...]] = set()
     for _ in range(200):
         lengths = random.integers(10, 129, 24).tolist()
-        how = layout(lengths, torch.bfloat16, pick_device("cpu"))
+        how = Layout(tuple(lengths), torch.bfloat16, pick_device("cpu"))
         assert sum(lengths) <= how.tokens <= 1.07 * sum(lengths) + 8
         shapes |= {(how.tokens,), *((group.texts, group.width) for group in how.groups)}
     assert len(shapes) < 150

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bento.packing import layout
+from bento.packing import Layout
 from ft_assets.training.engine.attention import SegmentAttention
 
 LENGTHS = (1, 17, 9, 24, 23, 3)
@@ -29,7 +29,7 @@ def plain(
 @pytest.mark.parametrize("key_heads", [6, 2])
 def test_states_and_gradients_are_those_of_each_row_alone(key_heads: int, causal: bool) -> None:
     torch.manual_seed(0)
-    how, real = layout(LENGTHS, torch.float64, torch.device("cpu")), sum(LENGTHS)
+    how, real = Layout(tuple(LENGTHS), torch.float64, torch.device("cpu")), sum(LENGTHS)
     assert how.tokens > real, "the gradient of what belongs to no row is looked at too"
     inputs = [
         torch.randn(heads, how.tokens, 8, dtype=torch.float64, requires_grad=True)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bento.devices import fast_matmul
 from bento.memory import keep_memory
-from bento.packing import first_place, layout, pack, pack_tokens, probe_rows
+from bento.packing import Layout, first_place, pack, pack_tokens, probe_rows
 from ft_assets.training.engine import attention
 from ft_assets.training.engine.examples import Example
 from ft_assets.training.engine.frozen import LowerLayers, layers_of
@@ -157,7 +157,7 @@ class Body:
         """Tells attention where the rows of a pack lie; covers the backward pass."""
         if not self.packed:
             return nullcontext()
-        return attention.laid_out(layout([len(row) for row in rows], self.dtype, self.device))
+        return attention.laid_out(Layout(tuple(map(len, rows)), self.dtype, self.device))
 
     def _run(self, rows: list[list[int]]) -> torch.Tensor:
         with self._laid_out(rows):

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bento.conversation import Field, dump
+from bento.devices import served_in
 from bento.generation.interface import Sampling
 from ft_assets.evaluation.generation.asking import REFUSED, Question, ask, ask_alone
 from ft_assets.evaluation.generation.plain import BASE, PlainModel
@@ -90,7 +91,7 @@ def test_a_side_computes_in_what_its_adapters_were_released_in(
 ) -> None:
     side = Side(str(base), {"champion": made["other"]}, released)
     try:
-        assert side.precision == side.engine.precision == released
+        assert side.precision == side.engine.precision == served_in(released, torch.device("cpu"))
         prompts = question.prompts(side.engine, side.loaded["champion"])
         assert len(ask(side.engine, side.loaded["champion"], prompts, SHORT)) == len(prompts)
     finally:
