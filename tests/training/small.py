@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -63,11 +64,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def train(rows: TaskRows, chosen: Settings, folder: Path, **further: object) -> Trained:
+def train(rows: TaskRows, chosen: Settings, folder: Path, **further: Any) -> Trained:
     """Train on these rows and write the adapter to `folder`; `further` arguments are those of `fit`."""
     base = resolve(chosen.base.model)
     data = tokenise(rows, base, chosen.base.max_tokens)
-    return fit(rows, data, base, chosen, folder, describe={"task": "small"}, **further)  # type: ignore[arg-type]
+    return fit(rows, data, base, chosen, folder, describe={"task": "small"}, **further)
 
 
 class Died(Exception):

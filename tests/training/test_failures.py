@@ -23,7 +23,7 @@ from ft_resources.compute import WorkerDied, _died
 from ft_resources.environments import Environment
 from ft_resources.errors import ArtefactError, DataError, FtError, OutOfMemory, SpecError, TrainingError
 from ft_resources.provenance import provenance
-from ft_resources.usage import Meter, sampled_usage
+from ft_resources.usage import Meter, sampled_usage, stored_samples
 
 FILES = {"config.yaml", "metrics.json", "logs.txt", "environment.json", "resources.csv", "resources.png"}
 CONFIG: dict[str, Any] = {
@@ -86,6 +86,8 @@ def test_a_training_that_ended_well(tmp_path: Path, meter: Meter, metered_file: 
     assert (folder / "logs.txt").read_text().splitlines() == ["step 1", "step 2", "step 3"]
     found = json.loads((folder / "environment.json").read_text())
     assert found["usage"]["peak_memory_bytes"] == meter.total().peak_memory_bytes
+    stored = [sample["memory_bytes"] for sample in stored_samples(folder / RESOURCES)]
+    assert stored == [sample["memory_bytes"] for sample in meter.curve()]
     assert found["provenance"]["packages"]["peft"]
     assert (folder / "resources.png").read_bytes().startswith(b"\x89PNG")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment.read({}, home=tmp_path)
 
 
-def booked(environment: Environment, error: FtError, **files: str) -> dict[str, Any]:
+def booked(environment: Environment, error: FtError, files: Mapping[str, str] = {}) -> dict[str, Any]:
     """The ledger's row of a training that leaves these files and ends with this error."""
     ledger, folder = Ledger(environment.ledger), results_folder(environment, "mail", JOB["run_name"])
 
@@ -72,7 +73,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_what_the_worker_told_is_booked(environment: Environment, sampled: str) -> None:
-    row = booked(environment, TrainingError("no"), **{RESOURCES: sampled, ENVIRONMENT: told(TOLD), FAILURE: "{}"})
+    row = booked(environment, TrainingError("no"), {RESOURCES: sampled, ENVIRONMENT: told(TOLD), FAILURE: "{}"})
     assert (row["status"], row["error"]) == ("FAILED", "training_failed")
     assert {name: row[name] for name in asdict(TOLD)} == asdict(TOLD)
     assert row["cost"] > 0
@@ -82,7 +83,7 @@ def test_what_the_worker_told_is_booked(environment: Environment, sampled: str) 
 def test_a_worker_that_told_nothing_is_booked_as_it_was_sampled(
     left: dict[str, str], environment: Environment, sampled: str
 ) -> None:
-    row = booked(environment, TrainingError("no"), **{RESOURCES: sampled, **left})
+    row = booked(environment, TrainingError("no"), {RESOURCES: sampled, **left})
     last = sampled.splitlines()[-1].split(",")
     assert row["wall_seconds"] == float(last[0])
     assert row["energy_source"] == "estimate"
@@ -95,7 +96,7 @@ def test_a_worker_that_never_began_took_nothing(environment: Environment) -> Non
 
 
 def test_a_killed_worker_gets_its_results_written_with_what_it_used(environment: Environment, sampled: str) -> None:
-    row = booked(environment, WorkerDied("killed, exit code -9"), **{RESOURCES: sampled})
+    row = booked(environment, WorkerDied("killed, exit code -9"), {RESOURCES: sampled})
     folder = results_folder(environment, "mail", JOB["run_name"])
     assert json.loads((folder / FAILURE).read_text())["type"] == "WorkerDied"
     written = json.loads((folder / ENVIRONMENT).read_text())["usage"]
