@@ -72,7 +72,7 @@ class Encoder:
                 layer.take(Bf16Weight)
         native = self.dtype == update_dtype and not NativeProducts.missing(self.layers.values(), self.dtype, device)
         self._products: Products[Any] = (
-            NativeProducts(families) if native else StackedProducts(families, update_dtype, device)
+            NativeProducts(families, self.dtype) if native else StackedProducts(families, update_dtype, device)
         )
         self._segments.products = self._products
         share_weights(f"{base.digest}-encoder-{precision}", (*self._model.parameters(), *self._model.buffers()))

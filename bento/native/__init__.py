@@ -1,4 +1,5 @@
-"""Mixed adapters and attention in machine code of this project's own, for CPUs that multiply bfloat16.
+"""Mixed adapters and attention in machine code of this project's own.
 
-`..._program` write it, `machine_code` compiles it, `products` and `attention` call it.
+`kinds` says what processors and types it is for, `..._program` write it, `machine_code` compiles it, `products` and
+`attention` call it.
 """

@@ -4,25 +4,25 @@ import struct
 
 import torch
 
-from bento.native.attention_program import STEP, Call, room_bytes
-from bento.native.machine_code import attend, missing
-from bento.native.writing import VALUE
+from bento.native.attention_program import Call, room_bytes, step
+from bento.native.machine_code import attend, kind_of, missing
 
 
 def unfit(width: int, dtype: torch.dtype, device: torch.device) -> str:
     """Why attention of heads of this width in `dtype` cannot be had here; empty: it can."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return "it is for bfloat16 on CPUs"
-    return f"heads are {width} wide, no multiple of {STEP}" if width % STEP else missing()
+    if gap := missing(dtype, device):
+        return gap
+    multiple = step(kind_of(dtype))
+    return f"heads are {width} wide, no multiple of {multiple}" if width % multiple else ""
 
 
 def attended(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, bounds: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v within each text, bfloat16 [1, tokens, heads, width]; zeros where there is no text.
+    """softmax(scale * q k^T) v within each text, [1, tokens, heads, width]; zeros where there is no text.
 
     Args:
-        query: bfloat16 [1, heads, tokens, width], as the other two.
+        query: [1, heads, tokens, width], as the other two; not `unfit`.
         bounds: long [texts, 2]: first token of each text, and the one after its last; in order.
 
     Raises:
@@ -37,7 +37,8 @@ def attended(
         rows = [each.contiguous() for each in rows]
     output = query.new_empty(1, tokens, heads, width)
     output[:, end:] = 0
-    per_thread = room_bytes(int((bounds[:, 1] - bounds[:, 0]).max()), width)
+    kind = kind_of(query.dtype)
+    per_thread = room_bytes(int((bounds[:, 1] - bounds[:, 0]).max()), kind, width)
     threads = torch.get_num_threads()
     room = torch.empty(per_thread * threads, dtype=torch.uint8)
     queries, keys, values = rows
@@ -45,9 +46,9 @@ def attended(
         query=queries.data_ptr(),
         key=keys.data_ptr(),
         value=values.data_ptr(),
-        input_bytes=queries.stride(0) * VALUE,
+        input_bytes=queries.stride(0) * kind.value,
         output=output.data_ptr(),
-        output_bytes=heads * width * VALUE,
+        output_bytes=heads * width * kind.value,
         bounds=bounds.data_ptr(),
         texts=len(bounds),
         heads=heads,
@@ -55,5 +56,5 @@ def attended(
         room=room.data_ptr(),
         room_bytes=per_thread,
     )
-    attend(width)(call, threads)
+    attend(kind, width)(call, threads)
     return output

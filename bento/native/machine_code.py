@@ -10,26 +10,47 @@ from typing import NamedTuple
 import torch
 
 from bento.native import attention_program, segments_program
+from bento.native.kinds import KINDS, Kind
 
 Function = Callable[[Sequence[int], int], None]
 """Takes the fields of its call and how many of torch's threads divide the work; Python runs on meanwhile."""
 OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
 
+def missing(dtype: torch.dtype, device: torch.device) -> str:
+    """Why `device` cannot run them on values of this type; empty: it can."""
+    kinds = [kind for kind in KINDS if kind.dtype == dtype]
+    if device.type != "cpu" or not kinds:
+        return "it is for bfloat16 and float32 on CPUs"
+    if not any(kind in computed() for kind in kinds):
+        return _unable() or f"the CPU has no {kinds[-1].needs}, or LLVM does not know it"
+    return ""
+
+
 @cache
-def missing() -> str:
-    """Why this machine cannot run them; empty: it can."""
+def _unable() -> str:
+    """Why no processor can run them here; empty: some can."""
     if sys.platform != "linux":
         return "it is for Linux"
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        return "the CPU has no AVX512-BF16"
     if not all(hasattr(_torch_library(), name) for name in OPENMP):
         return "torch has no OpenMP, or another one"
+    return ""
+
+
+@cache
+def computed() -> Sequence[Kind]:
+    """What can be computed here, as far as LLVM knows the CPU; of each type the fastest first."""
+    if _unable():
+        return []
     import llvmlite.binding as llvm
 
-    if not llvm.get_host_cpu_features().get("avx512bf16"):  # it would end the process when it compiles
-        return "LLVM does not know the CPU"
-    return ""
+    features = llvm.get_host_cpu_features()
+    return [kind for kind in KINDS if features.get(kind.feature)]
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """The fastest for values of this type, which is not `missing`."""
+    return {kind.dtype: kind for kind in reversed(computed())}[dtype]
 
 
 @cache
@@ -46,19 +67,19 @@ class SegmentProducts(NamedTuple):
 
 
 @cache
-def segment_products() -> SegmentProducts:
+def segment_products(kind: Kind) -> SegmentProducts:
     """Compiled once in a process, which takes a third of a second."""
-    return SegmentProducts(*_compiled(segments_program.program(), ("low", "add")))
+    return SegmentProducts(*_compiled(segments_program.program(kind), ("low", "add")))
 
 
 @cache
-def attend(width: int) -> Function:
+def attend(kind: Kind, width: int) -> Function:
     """See `attention_program.program`; compiled once in a process.
 
     Args:
         width: Of a head.
     """
-    return _compiled(attention_program.program(width), ("attend",))[0]
+    return _compiled(attention_program.program(kind, width), ("attend",))[0]
 
 
 def _compiled(program: str, names: Sequence[str]) -> list[Function]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from bento.multi_lora import MultiLora, Pairs, Products, Update
-from bento.native.machine_code import missing, segment_products
-from bento.native.segments_program import ADD_TILES, LOW_TILES, Call, Weights, interleaved
-from bento.native.writing import LANES, NUMBER, VALUE
+from bento.native.machine_code import kind_of, missing, segment_products
+from bento.native.segments_program import Call, Weights, interleaved
+from bento.native.writing import NUMBER
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class NativeUpdate(Update):
     """An adapter's matrices as the functions read them."""
 
     values: torch.Tensor
-    """bfloat16 [values]: all of them, one after the other."""
+    """[values]: all of them, one after the other."""
     table: torch.Tensor
     """long [layers, fields]: the `Weights` of every layer."""
 
@@ -26,31 +26,36 @@ class NativeUpdate(Update):
 
 
 class NativeProducts(Products[NativeUpdate]):
-    """For bfloat16 on CPUs: two calls a layer, whatever the ranks, layers and lengths of a batch are.
+    """Two calls a layer, whatever the ranks, layers and lengths of a batch are.
 
     Args:
         families: Layers that read the same input, see `families_of`; the A of each family are one matrix.
+        dtype: Of the layers and the updates; one that is not `missing`.
     """
 
-    def __init__(self, families: Sequence[Sequence[str]]) -> None:
-        self._code = segment_products()
+    def __init__(self, families: Sequence[Sequence[str]], dtype: torch.dtype) -> None:
+        self._kind = kind_of(dtype)
+        self._code = segment_products(self._kind)
         self._families = families
         self._places = {name: at for at, name in enumerate(name for family in families for name in family)}
         self._nothing = torch.zeros(1, len(self._places), len(Weights._fields), dtype=torch.long)
-        self._room = torch.empty(0, dtype=torch.bfloat16)
+        self._room = torch.empty(0, dtype=dtype)
         self.begin(0, ())
 
     @staticmethod
     def missing(layers: Iterable[MultiLora], dtype: torch.dtype, device: torch.device) -> str:
         """Why a model of these layers cannot have them; empty: it can."""
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            return "they are for bfloat16 on CPUs"
+        if gap := missing(dtype, device):
+            return gap
+        kind = kind_of(dtype)
         for layer in layers:
-            if layer.in_features % 2 or layer.out_features % LANES:
-                return f"{layer.name} is {layer.in_features} x {layer.out_features}, not of 2s and {LANES}s"
-        return missing()
+            if layer.in_features % kind.depth or layer.out_features % kind.lanes:
+                size = f"{layer.in_features} x {layer.out_features}"
+                return f"{layer.name} is {size}, no multiple of {kind.depth} x {kind.lanes}"
+        return ""
 
     def update(self, pairs: Pairs) -> NativeUpdate:
+        kind = self._kind
         table = [Weights(0, 0, 0, 0, 0) for _ in self._places]
         pieces: list[torch.Tensor] = []
         used = 0
@@ -58,23 +63,24 @@ class NativeProducts(Products[NativeUpdate]):
         def keep(matrix: torch.Tensor, tiles: Mapping[int, Sequence[int]]) -> int:
             """Where `matrix` begins, in bytes."""
             nonlocal used
-            pieces.append(interleaved(matrix, tiles))
+            pieces.append(interleaved(matrix, kind, tiles))
             used += len(pieces[-1])
-            return (used - len(pieces[-1])) * VALUE
+            return (used - len(pieces[-1])) * kind.value
 
         for family in self._families:
             parts = {name: pairs[name] for name in family if name in pairs}
             columns, first = [], 0
             for name, (a, b) in parts.items():
-                columns.append(_padded(a, columns=2))
-                pairs_of_ranks = columns[-1].shape[1] // 2
-                table[self._places[name]] = Weights(0, 0, keep(_padded(b, rows=2), ADD_TILES), pairs_of_ranks, first)
-                first += pairs_of_ranks
+                columns.append(_padded(a, columns=kind.depth))
+                words = columns[-1].shape[1] // kind.depth
+                kept = keep(_padded(b, rows=kind.depth), kind.add_tiles)
+                table[self._places[name]] = Weights(0, 0, kept, words, first)
+                first += words
             if parts:
-                a = _padded(torch.cat(columns, 1), columns=LANES)
+                a = _padded(torch.cat(columns, 1), columns=kind.lanes)
                 head = self._places[family[0]]
-                table[head] = table[head]._replace(a=keep(a, LOW_TILES), registers=a.shape[1] // LANES)
-        values = torch.cat([*pieces, torch.empty(0)]).to(torch.bfloat16)
+                table[head] = table[head]._replace(a=keep(a, kind.low_tiles), registers=a.shape[1] // kind.lanes)
+        values = torch.cat([*pieces, torch.empty(0)]).to(kind.dtype)
         numbers = torch.tensor(table)
         numbers[:, [Weights._fields.index("a"), Weights._fields.index("b")]] += values.data_ptr()
         return NativeUpdate(values, numbers)
@@ -88,25 +94,26 @@ class NativeProducts(Products[NativeUpdate]):
         self._weights = torch.stack([update.table for *_, update in parts]) if parts else self._nothing
         largest = self._weights.amax(0)
         self._registers = largest[:, Weights._fields.index("registers")].tolist()
-        self._pairs = largest[:, Weights._fields.index("pairs")].tolist()
+        self._words = largest[:, Weights._fields.index("words")].tolist()
 
     def add(self, layer: MultiLora, input: torch.Tensor, output: torch.Tensor, per_row: int) -> None:
         place, family = self._places[layer.name], self._places[layer.family]
-        if not self._pairs[place]:
+        if not self._words[place]:
             return
         if self._low is None or self._low[0] is not input or self._low[1] != family:
             self._low = input, family, self._product(input, family, per_row)
-        call = self._call(self._low[2], output, output.shape[1] // LANES, place, per_row)
+        call = self._call(self._low[2], output, output.shape[1] // self._kind.lanes, place, per_row)
         self._code.add(call, torch.get_num_threads())
 
     def _product(self, input: torch.Tensor, place: int, per_row: int) -> torch.Tensor:
         """The product of each segment with its A, [rows x per_row, columns of the widest]; valid until the next one."""
         flat = input.reshape(-1, input.shape[-1]).contiguous()
-        columns = self._registers[place] * LANES
+        columns = self._registers[place] * self._kind.lanes
         if self._room.numel() < len(flat) * columns:
             self._room = self._room.new_empty(len(flat) * columns)
         low = self._room[: len(flat) * columns].view(-1, columns)
-        self._code.low(self._call(flat, low, input.shape[-1] // 2, place, per_row), torch.get_num_threads())
+        words = input.shape[-1] // self._kind.depth
+        self._code.low(self._call(flat, low, words, place, per_row), torch.get_num_threads())
         return low
 
     def _call(self, input: torch.Tensor, output: torch.Tensor, size: int, place: int, per_row: int) -> Call:
@@ -116,9 +123,9 @@ class NativeProducts(Products[NativeUpdate]):
         weights = self._weights
         return Call(
             input.data_ptr(),
-            input.stride(0) * VALUE,
+            input.stride(0) * self._kind.value,
             output.data_ptr(),
-            output.stride(0) * VALUE,
+            output.stride(0) * self._kind.value,
             size,
             self._bounds[per_row].data_ptr(),
             weights.data_ptr() + weights.stride(1) * place * NUMBER,

@@ -1,4 +1,4 @@
-"""The products of the segments of a batch in bfloat16, as a program for LLVM.
+"""The products of the segments of a batch, as a program for LLVM.
 
 Each of many adapters multiplies a few rows with matrices of a few columns. A product of a library for each takes
 longer to begin than to compute, and one product for many of them needs their rows padded and moved. Here one call goes
@@ -11,26 +11,22 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from bento.native.writing import LANES, LINE, NUMBER, PAIR, SHORT_LINE, Code, function, number
-
-LOW_TILES = {3: (6, 3), 2: (12, 4), 1: (20, 8, 4)}
-"""By registers of columns: rows of a tile, the large tiles first. The fastest of those measured on Zen 5: their sums
-fit the 32 registers, and are enough to hide how long one product takes."""
-ADD_TILES = {3: (6, 4, 2), 1: (8, 4)}
+from bento.native.kinds import WORD_BYTES, Kind
+from bento.native.writing import NUMBER, Code, function, number
 
 
 class Call(NamedTuple):
     """What `low` and `add` get, eight bytes each."""
 
     input: int
-    """Address of the rows that are multiplied, bfloat16."""
+    """Address of the rows that are multiplied."""
     input_bytes: int
     """From one row to the next."""
     output: int
-    """Address of the rows that get the products, bfloat16."""
+    """Address of the rows that get the products."""
     output_bytes: int
     size: int
-    """`low`: pairs of columns of the input; `add`: registers of columns of the output."""
+    """`low`: words of a row of the input; `add`: registers of columns of the output."""
     bounds: int
     """Address of (first row, row after the last) of each segment, in order: the last one ends where the rows do that
     threads divide."""
@@ -44,84 +40,83 @@ class Call(NamedTuple):
 class Weights(NamedTuple):
     """The low-rank matrices of an adapter for a layer, eight bytes each.
 
-    Matrices lie as `interleaved` has them and begin at multiples of `LINE`; each is a multiple of it long, for its rows
-    are even and its columns fill registers.
+    Matrices lie as `interleaved` has them and begin where a register of their kind may; each fills registers, for its
+    rows fill words and its columns registers.
     """
 
     a: int
     """Address of A [in, columns] of all layers that read the same input; with the first of these layers."""
     registers: int
-    """Columns of it / 16; 0: there is none."""
+    """Of its columns; 0: there is none."""
     b: int
     """Address of B [rank, out]."""
-    pairs: int
-    """Its rank / 2; 0: there is none."""
+    words: int
+    """Of its rank; 0: there is none."""
     first: int
-    """Pair of columns of the product with A where those of this layer begin."""
+    """Word of a row of the product with A where those of this layer begin."""
 
 
-def interleaved(matrix: torch.Tensor, tiles: Mapping[int, Sequence[int]]) -> torch.Tensor:
+def interleaved(matrix: torch.Tensor, kind: Kind, tiles: Mapping[int, Sequence[int]]) -> torch.Tensor:
     """`matrix` in the order in which the functions read it: [values].
 
-    Columns that one tile computes lie together, pair of rows after pair of rows, and the two values of a pair in one
-    column are neighbours.
+    Columns that one tile computes lie together, and the values of a word are neighbours in a column.
 
     Args:
-        matrix: [rows, columns], multiples of 2 and of the columns of a register.
+        matrix: [rows, columns], multiples of the values of a word and of the columns of a register.
         tiles: Those of the function.
     """
-    pairs, parts = matrix.unflatten(0, (-1, 2)), []
+    words, parts = matrix.unflatten(0, (-1, kind.depth)), []
     for width in sorted(tiles, reverse=True):
-        columns = pairs.shape[-1] // (width * LANES) * width * LANES
+        columns = words.shape[-1] // (width * kind.lanes) * width * kind.lanes
         if columns:
-            tile = pairs[..., :columns].unflatten(-1, (-1, width * LANES))
+            tile = words[..., :columns].unflatten(-1, (-1, width * kind.lanes))
             parts.append(tile.permute(2, 0, 3, 1).flatten())
-            pairs = pairs[..., columns:]
+            words = words[..., columns:]
     return torch.cat(parts)
 
 
-def program() -> str:
+def program(kind: Kind) -> str:
     """Two functions, each of the address of a `Call`.
 
     low: output = input @ A of each segment; columns beyond those of its A are left alone.
     add: output += input @ B of each segment.
     """
     module = ir.Module("segments")
-    _write_low(module)
-    _write_add(module)
+    _write_low(module, kind)
+    _write_add(module, kind)
     return str(module)
 
 
-def _write_low(module: ir.Module) -> None:
-    with function(module, "low", len(Call._fields)) as (code, fields):
+def _write_low(module: ir.Module, kind: Kind) -> None:
+    with function(module, "low", len(Call._fields), kind) as (code, fields):
         call = Call(*fields)
         for start, stop, adapter, _ in _segments(code, call):
-            for column, width in code.chunks(adapter.registers, LOW_TILES):
-                weights = code.moved(code.pointer(adapter.a), code.build.mul(column, call.size), LINE)
-                for rows in code.tiles(start, stop, LOW_TILES[width]):
+            for column, width in code.chunks(adapter.registers, kind.low_tiles):
+                weights = code.moved(code.pointer(adapter.a), code.build.mul(column, call.size), kind.line)
+                for rows in code.tiles(start, stop, kind.low_tiles[width]):
                     inputs = code.addresses(call.input, call.input_bytes, rows)
                     sums = code.products(inputs, weights, call.size, width)
-                    to = code.build.add(call.output, code.times(column, SHORT_LINE))
+                    to = code.build.add(call.output, code.times(column, kind.short_line))
                     for output, row in zip(code.addresses(to, call.output_bytes, rows), sums, strict=True):
                         code.put(output, row)
 
 
-def _write_add(module: ir.Module) -> None:
-    with function(module, "add", len(Call._fields)) as (code, fields):
+def _write_add(module: ir.Module, kind: Kind) -> None:
+    with function(module, "add", len(Call._fields), kind) as (code, fields):
         call = Call(*fields)
         for start, stop, adapter, following in _segments(code, call):
-            there = code.build.icmp_signed(">", adapter.pairs, number(0))
+            there = code.build.icmp_signed(">", adapter.words, number(0))
             columns = code.build.select(there, call.size, number(0))
-            for column, width in code.chunks(columns, ADD_TILES):
-                weights = code.moved(code.pointer(adapter.b), code.build.mul(column, adapter.pairs), LINE)
+            for column, width in code.chunks(columns, kind.add_tiles):
+                weights = code.moved(code.pointer(adapter.b), code.build.mul(column, adapter.words), kind.line)
                 # few rows take less time than it takes to bring the next adapter's matrix from memory
-                soon = code.moved(code.pointer(following.b), code.build.mul(column, adapter.pairs), LINE)
-                code.prefetch(soon, code.times(adapter.pairs, width))
-                for rows in code.tiles(start, stop, ADD_TILES[width]):
-                    own = code.build.add(call.input, code.times(adapter.first, PAIR))
+                soon = code.moved(code.pointer(following.b), code.build.mul(column, adapter.words), kind.line)
+                code.prefetch(soon, code.times(adapter.words, width))
+                for rows in code.tiles(start, stop, kind.add_tiles[width]):
+                    own = code.build.add(call.input, code.times(adapter.first, WORD_BYTES))
                     inputs = code.addresses(own, call.input_bytes, rows)
-                    sums = code.products(inputs, weights, adapter.pairs, width)
-                    to = code.build.add(call.output, code.times(column, SHORT_LINE))
+                    sums = code.products(inputs, weights, adapter.words, width)
+                    to = code.build.add(call.output, code.times(column, kind.short_line))
                     outputs = code.addresses(to, call.output_bytes, rows)
                     before = [code.get(output, width) for output in outputs]  # all of them: some may be the same row
                     for output, old, row in zip(outputs, before, sums, strict=True):

@@ -1,4 +1,4 @@
-"""Writes functions for LLVM that compute with tiles of bfloat16 rows; needs AVX512-BF16 where they run.
+"""Writes functions for LLVM that compute with tiles of rows.
 
 A tile of some rows and registers of columns is summed in registers. The last tile of a part may be larger than what is
 left of it: its last row then stands for the missing ones too, which are read, computed and written as that row is.
@@ -11,46 +11,19 @@ from itertools import product
 
 from llvmlite import ir
 
-LANES = 16
-"""float32 values of a register."""
-LINE = 64
-"""Bytes of a register; what is read by the register begins at multiples, but for rows of the model's tensors."""
-VALUE = 2
-"""Bytes of a bfloat16."""
-PAIR = 2 * VALUE
-SHORT_LINE = LANES * VALUE
-"""Bytes of a register's values, rounded."""
+from bento.native.kinds import WORD, WORD_BYTES, Kind
+
 NUMBER = 8
 """Bytes of a field, an address or a row's number."""
-
-
-class _Bf16(ir.Type):
-    intrinsic_name = "bf16"
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bf16)
-
-    def __hash__(self) -> int:
-        return hash(_Bf16)
-
-
-DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 ADDRESS = ir.PointerType()
-LONG, WORD, HALF, BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-FLOAT = ir.FloatType()
-FLOATS = ir.VectorType(FLOAT, LANES)
-WORDS, HALVES = ir.VectorType(WORD, LANES), ir.VectorType(HALF, LANES)
-PAIRS, ROUNDED = ir.VectorType(_Bf16(), 2 * LANES), ir.VectorType(_Bf16(), LANES)
+LONG, BYTE = ir.IntType(64), ir.IntType(8)
 
 
 class Code:
     """Writes one function. What iterates writes a loop around what its caller's loop writes."""
 
-    def __init__(self, build: ir.IRBuilder) -> None:
-        self.build = build
+    def __init__(self, build: ir.IRBuilder, kind: Kind) -> None:
+        self.build, self.kind = build, kind
 
     def thread(self) -> ir.Value:
         """The number of this thread; needs OpenMP's functions, as `share` does."""
@@ -73,25 +46,26 @@ class Code:
             yield [self.smaller(self.build.add(at, number(row)), last) for row in range(size)]
 
     def products(
-        self, inputs: Sequence[ir.Value], weights: ir.Value, pairs: ir.Value, width: int
+        self, inputs: Sequence[ir.Value], weights: ir.Value, words: ir.Value, width: int
     ) -> list[list[ir.Value]]:
-        """`width` registers of the product of each row; there is at least one pair.
+        """`width` registers of the product of each row; there is at least one word.
 
         Args:
             inputs: Addresses of the rows.
             weights: Address of these columns of the matrix.
-            pairs: Of its rows.
+            words: Of each row.
         """
+        kind, line = self.kind, self.kind.line
 
-        def add(pair: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
-            start = self.moved(weights, pair, width * LINE)
-            columns = [self.load(self.moved(start, number(each), LINE), PAIRS, LINE) for each in range(width)]
-            words = [self.load(self.moved(address, pair, PAIR), WORD, PAIR) for address in inputs]
-            values = [self.build.bitcast(self.everywhere(word), PAIRS) for word in words]
+        def add(word: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+            start = self.moved(weights, word, width * line)
+            columns = [self.load(self.moved(start, number(each), line), kind.factors, line) for each in range(width)]
+            own = [self.load(self.moved(address, word, WORD_BYTES), WORD, WORD_BYTES) for address in inputs]
+            values = [self.build.bitcast(self.everywhere(each), kind.factors) for each in own]
             factors = product(values, columns)
-            return [self.call(DOT, FLOATS, sum_, *pair_) for sum_, pair_ in zip(sums, factors, strict=True)]
+            return [kind.product(self, sum_, *both) for sum_, both in zip(sums, factors, strict=True)]
 
-        sums = self.folded(pairs, [ir.Constant(FLOATS, None)] * (len(inputs) * width), add)
+        sums = self.folded(words, [ir.Constant(kind.floats, None)] * (len(inputs) * width), add)
         return [sums[at : at + width] for at in range(0, len(sums), width)]
 
     def addresses(self, start: ir.Value, step: ir.Value, rows: Sequence[ir.Value]) -> list[ir.Value]:
@@ -102,33 +76,38 @@ class Code:
         """Ask for so many lines to be brought nearer to the processor."""
         read, near, data = (ir.Constant(WORD, value) for value in (0, 2, 1))
         for line in self.loop(number(0), lines, 1):
-            self.call("llvm.prefetch.p0", ir.VoidType(), self.moved(address, line, LINE), read, near, data)
+            self.call("llvm.prefetch.p0", ir.VoidType(), self.moved(address, line, self.kind.line), read, near, data)
 
     def get(self, address: ir.Value, width: int) -> list[ir.Value]:
-        """`width` registers of bfloat16, as float32."""
-        halves = [self.load(self.moved(address, number(each), SHORT_LINE), HALVES, VALUE) for each in range(width)]
-        words = [self.build.zext(each, WORDS) for each in halves]
-        return [self.build.bitcast(self.build.shl(each, ir.Constant(WORDS, [16] * LANES)), FLOATS) for each in words]
+        """As many values as `width` registers have sums, as float32."""
+        places = [self.moved(address, number(each), self.kind.short_line) for each in range(width)]
+        return [self.kind.get(self, place) for place in places]
 
     def put(self, address: ir.Value, values: Sequence[ir.Value]) -> None:
-        """Registers of float32, as bfloat16."""
+        """Registers of float32, as values."""
         for at, each in enumerate(values):
-            to = self.moved(address, number(at), SHORT_LINE)
-            self.store(self.build.fptrunc(each, ROUNDED), to, VALUE)
+            self.kind.put(self, self.moved(address, number(at), self.kind.short_line), each)
 
     def power_of_two(self, exponents: ir.Value) -> ir.Value:
-        """2^x of float32, to 3e-6 of it; what would be subnormal is the smallest normal number."""
-        build = self.build
-        least = ir.Constant(FLOATS, [-126.0] * LANES)
+        """2^x of float32 that are not above zero, to 3e-6 of it or to 1e-7 where values are float32; what would be
+        subnormal is the smallest normal number."""
+        build, kind = self.build, self.kind
+        least = ir.Constant(kind.floats, [-126.0] * kind.lanes)
         x = build.select(build.fcmp_ordered("<", exponents, least), least, exponents)  # NaN stays
-        whole = self.call("llvm.rint.v16f32", FLOATS, x)
+        whole = self.call(f"llvm.rint.v{kind.lanes}f32", kind.floats, x)
         rest = build.fsub(x, whole)
-        power = ir.Constant(FLOATS, [math.log(2) ** 5 / math.factorial(5)] * LANES)
-        for order in (4, 3, 2, 1, 0):
-            coefficient = ir.Constant(FLOATS, [math.log(2) ** order / math.factorial(order)] * LANES)
-            power = self.call("llvm.fma.v16f32", FLOATS, power, rest, coefficient)
-        every_lane, usual_rounding = ir.Constant(HALF, -1), ir.Constant(WORD, 4)
-        return self.call("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, power, whole, whole, every_lane, usual_rounding)
+        highest, *others = (
+            ir.Constant(kind.floats, [math.log(2) ** order / math.factorial(order)] * kind.lanes)
+            for order in range(kind.order, -1, -1)
+        )
+        power = highest
+        for coefficient in others:
+            power = self.fused(power, rest, coefficient)
+        return kind.scaled(self, power, whole)
+
+    def fused(self, left: ir.Value, right: ir.Value, more: ir.Value) -> ir.Value:
+        """left * right + more of float32, rounded once."""
+        return self.call(f"llvm.fma.v{self.kind.lanes}f32", self.kind.floats, left, right, more)
 
     def folded(
         self, count: ir.Value, first: Sequence[ir.Value], step: Callable[[ir.Value, Sequence[ir.Value]], list[ir.Value]]
@@ -157,9 +136,9 @@ class Code:
 
     def everywhere(self, value: ir.Value) -> ir.Value:
         """A register with `value` in every lane."""
-        kind = ir.VectorType(value.type, LANES)
-        alone = self.build.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
-        return self.build.shuffle_vector(alone, alone, ir.Constant(WORDS, None))
+        register = ir.VectorType(value.type, self.kind.lanes)
+        alone = self.build.insert_element(ir.Constant(register, ir.Undefined), value, ir.Constant(WORD, 0))
+        return self.build.shuffle_vector(alone, alone, ir.Constant(self.kind.words, None))
 
     def times(self, value: ir.Value, factor: int) -> ir.Value:
         return self.build.mul(value, number(factor))
@@ -213,10 +192,10 @@ class Code:
 
 
 @contextmanager
-def function(module: ir.Module, name: str, fields: int) -> Iterator[tuple[Code, list[ir.Value]]]:
+def function(module: ir.Module, name: str, fields: int, kind: Kind) -> Iterator[tuple[Code, list[ir.Value]]]:
     """A function of that many numbers, each eight bytes wide, whose address it is called with."""
     written = ir.Function(module, ir.FunctionType(ir.VoidType(), (ADDRESS,)), name)
-    code = Code(ir.IRBuilder(written.append_basic_block()))
+    code = Code(ir.IRBuilder(written.append_basic_block()), kind)
     yield code, code.numbers(written.args[0], fields)
     code.build.ret_void()
 
