@@ -191,7 +191,7 @@ class Float32(Kind):
 class Avx512(Float32):
     """Tiles of bfloat16's size: as many registers, as long to wait for a product."""
 
-    feature = needs = "avx512f"
+    feature, needs = "avx512f", "AVX512F"
     lanes, sums = 16, 24
     low_tiles, add_tiles, query_tiles = Bf16.low_tiles, Bf16.add_tiles, Bf16.query_tiles
 
