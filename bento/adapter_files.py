@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -64,6 +64,11 @@ class BaseReference(pydantic.BaseModel):
 
     model: str
     digest: str
+
+    @property
+    def name(self) -> str:
+        """What callers are told: of a folder no more than what it is called."""
+        return self.model if ":" in self.model else PurePath(self.model).name
 
 
 class Preparation(pydantic.BaseModel):

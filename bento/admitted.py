@@ -79,12 +79,20 @@ class Admitted:
     """A request that has its adapter and its tokens."""
 
     request: PredictRequest
-    entry: RouteEntry
+    classifier: Classifier
     review_below: float
     prediction_ids: tuple[str, ...]
     pieces: tuple[Piece, ...]
     trace_id: str
     arrived: float
+
+    @property
+    def entry(self) -> RouteEntry:
+        return self.classifier.entry
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.classifier.adapter
 
     @property
     def costs(self) -> list[int]:

@@ -23,6 +23,7 @@ Fields = Mapping[str, "Field"]
 
 ROLES = ("system", "user", "assistant")
 INSTRUCTION = "Extract the fields below from the document."
+CONTEXT = "Answer from these passages:"
 ALPACA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
@@ -110,6 +111,12 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     if not system or (messages and messages[0].get("role") == "system"):
         return list(messages)
     return [{"role": "system", "content": system}, *messages]
+
+
+def with_context(question: str, passages: Sequence[str]) -> str:
+    """What the user says, below numbered passages that the answer is to rest on (retrieval-augmented generation)."""
+    numbered = [f"[{number}] {passage}" for number, passage in enumerate(passages, 1)]
+    return "\n\n".join([CONTEXT, *numbered, question])
 
 
 def extraction_messages(document: str, fields: Fields, instruction: str = "") -> list[Message]:

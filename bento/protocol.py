@@ -10,6 +10,8 @@ from ft_resources.errors import RequestError
 
 MAX_INPUTS = 256
 MAX_CHARS = 100_000
+MAX_PASSAGES = 64
+MAX_NAME = 128
 MAX_TOKENS = 32_768
 DEFAULT_TOKENS = 256
 TAGS = ("<text>", "<conversation>")
@@ -75,7 +77,7 @@ def in_utc(value: datetime) -> datetime:
 
 
 Text = Annotated[str, pydantic.AfterValidator(storable)]
-Name = Annotated[Text, pydantic.Field(min_length=1, max_length=128)]
+Name = Annotated[Text, pydantic.Field(min_length=1, max_length=MAX_NAME)]
 Input = Annotated[
     Text,
     pydantic.AfterValidator(not_blank),
@@ -137,6 +139,11 @@ class PredictRequest(Request):
         "8 hex digits of the digest of an adapter that was released for the task.",
     )
     user: Name | None = pydantic.Field(None, description="Who asks: the same user gets the same adapter.")
+    context: Annotated[list[Input], pydantic.Field(min_length=1, max_length=MAX_PASSAGES)] | None = pydantic.Field(
+        None,
+        description="text-generation only: passages that the answers are to rest on, as a search of your own found "
+        "them. They stand, numbered, before what the user says last, and are recorded with it.",
+    )
     parameters: Parameters | None = pydantic.Field(None, description="text-generation and extraction only.")
     event_time: datetime | None = pydantic.Field(
         None, description="When the inputs came into being (ISO 8601, UTC without an offset); default: now."
@@ -204,6 +211,7 @@ class PredictResponse(pydantic.BaseModel):
     model_version: str
     release: str = pydantic.Field(description="The release that put the adapter in force.")
     adapter: str = pydantic.Field(description="Digest of the adapter.")
+    base_model: str = pydantic.Field(description="What the adapter was trained on.")
     trace_id: str
     latency_ms: float
     error_code: None = None
@@ -350,7 +358,10 @@ def explain(problems: Sequence[Mapping[str, Any]], unknown: ErrorCode = "invalid
             status=422,
             mend="Send a JSON object with the header 'content-type: application/json'.",
         )
-    if where.startswith(("inputs", "input", "prompt", "messages")) and kind in ("too_long", "string_too_long"):
+    if where.startswith(("inputs", "input", "prompt", "messages")) and kind in (
+        "too_long",
+        "string_too_long",
+    ):
         return RequestError(
             "input_too_large",
             f"field '{where[:100]}' is too long",

@@ -22,7 +22,7 @@ from bento.protocol import FeedbackRequest, PredictRequest, explain
 from bento.request_log import Prediction, RequestLog
 from bento.route_watcher import Routes
 from bento.routing import RouteEntry, RouteTable, read_baked
-from bento.texts import Asked, Prompted, Turn, Work, Writer, unanswerable, wrong_type
+from bento.texts import Asked, Prompted, Turn, Work, Writer, informed, unanswerable, wrong_type
 from ft_resources.environments import REQUEST_TOKENS, Environment, ServiceSettings
 from ft_resources.errors import DataError, FtError, RequestError, ServiceError
 from ft_resources.lake import Lake
@@ -183,16 +183,15 @@ class Scorer:
         chosen = self.choose(request.task, request.user, ids[0], request.model_version)
         if isinstance(chosen, Writer):
             asked = Asked(request.task, request.user, trace_id, arrived, request.event_time)
+            if request.context and chosen.extracts:
+                raise _unsupported("context", request.task, "reads fields out of a text and answers no question")
             turns = [one if isinstance(one, str) else [Turn(m.role, m.content) for m in one] for one in request.inputs]
+            if request.context:
+                turns = [informed(one, request.context) for one in turns]
             return chosen.prompted(asked, turns, request.parameters)
-        if request.parameters is not None:
-            raise RequestError(
-                "unsupported_parameter",
-                f"field 'parameters': task '{request.task}' classifies texts, it generates none",
-                status=422,
-                mend="Leave it out.",
-                field="parameters",
-            )
+        for name in ("parameters", "context"):
+            if getattr(request, name) is not None:
+                raise _unsupported(name, request.task, "classifies texts, it generates none")
         texts = [text for text in request.inputs if isinstance(text, str)]
         if len(texts) < len(ids):
             place = next(place for place, text in enumerate(request.inputs) if not isinstance(text, str))
@@ -205,7 +204,7 @@ class Scorer:
             )
         self.allow(request.task, texts)
         bound = self.table.route(request.task).review_below
-        return Admitted(request, chosen.entry, bound, ids, chosen.pieces(texts), trace_id, arrived)
+        return Admitted(request, chosen, bound, ids, chosen.pieces(texts), trace_id, arrived)
 
     def choose(self, task: str, user: str | None, key: str, model_version: str | None) -> "Classifier | Writer":
         """The adapter that answers, loaded if need be, with its engine.
@@ -376,6 +375,16 @@ def _known_label(label: str, prediction: Mapping[str, Any]) -> str:
             field="label",
         )
     return label
+
+
+def _unsupported(field: str, task: str, why: str) -> RequestError:
+    return RequestError(
+        "unsupported_parameter",
+        f"field '{field}': task '{task}' {why}",
+        status=422,
+        mend="Leave it out.",
+        field=field,
+    )
 
 
 def _size(given: Any) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bento.content_filter import ContentFilter
-from bento.conversation import answer_schema, dump, parse_answer
+from bento.conversation import answer_schema, dump, parse_answer, with_context
 from bento.generation.interface import Completion, Generation, Sampling, TextGenerator
 from bento.limits import check_tokens
 from bento.protocol import DEFAULT_TOKENS, Parameters
@@ -49,6 +49,12 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+
+
+def informed(given: str | Sequence[Turn], context: Sequence[str]) -> list[Turn]:
+    """The conversation with `context` before what is said last."""
+    *before, last = [Turn("user", given)] if isinstance(given, str) else given
+    return [*before, last._replace(content=with_context(last.content, context))]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -23,6 +24,7 @@ from bento.backend import (
 )
 from bento.endpoints.body_route import BodyRoute
 from bento.protocol import (
+    MAX_NAME,
     ExplainRequest,
     ExplainResponse,
     FailedResult,
@@ -37,6 +39,16 @@ from bento.request_log import Prediction
 from bento.texts import Prompted, Work
 from ft_resources.errors import RequestError
 
+VERSION = "x-model-version"
+VERSION_HEADER = {
+    "name": VERSION,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": r"^[\w.-]+$"},
+    "description": "`model_version`, for gateways that choose by header.",
+}
+Versioned = TypeVar("Versioned", PredictRequest, ExplainRequest)
+
 
 def add_predictions(app: FastAPI) -> None:
     """Let `app` answer, take feedback and explain."""
@@ -47,9 +59,17 @@ def add_predictions(app: FastAPI) -> None:
         response_model=PredictResponse,
         responses=errors(),
         route_class_override=BodyRoute,
+        openapi_extra={"parameters": [VERSION_HEADER]},
     )
     app.add_api_route("/feedback", feedback, methods=["POST"], response_model=FeedbackResponse, responses=errors())
-    app.add_api_route("/explain", explain, methods=["POST"], response_model=ExplainResponse, responses=errors())
+    app.add_api_route(
+        "/explain",
+        explain,
+        methods=["POST"],
+        response_model=ExplainResponse,
+        responses=errors(),
+        openapi_extra={"parameters": [VERSION_HEADER]},
+    )
 
 
 async def predict(body: PredictRequest, request: Request) -> Response:
@@ -57,6 +77,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
 
     Every answer is recorded before it is sent.
     """
+    body = of_version(body, request)
     backend, state = backend_for(request, body.task), request.state
     scorer = backend.scorer
     with state.phases("tokenise"):
@@ -82,10 +103,28 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         model_version=entry.model_version,
         release=entry.release_id,
         adapter=entry.adapter,
+        base_model=admitted.adapter.manifest.base.name,
         trace_id=state.trace_id,
         latency_ms=(time.monotonic() - state.arrived) * 1000,
     )
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def of_version(body: Versioned, request: Request) -> Versioned:
+    """`body`, which asks for the version that the header of a gateway names.
+
+    Raises:
+        RequestError: `invalid_request`: the body asks for another one, or the header is longer than a version.
+    """
+    wanted = request.headers.get(VERSION)
+    if wanted is None or wanted == body.model_version:
+        return body
+    if body.model_version is not None or not 0 < len(wanted) <= MAX_NAME:
+        what = "and the body ask for different versions" if body.model_version else "names no version"
+        raise RequestError(
+            "invalid_request", f"header '{VERSION}' {what}", status=422, mend="Name one version.", field=VERSION
+        )
+    return body.model_copy(update={"model_version": wanted})
 
 
 async def written(request: Request, backend: Backend, prompted: Prompted) -> Sequence[Prediction | RequestError]:
@@ -164,6 +203,7 @@ async def explain(body: ExplainRequest, request: Request) -> ExplainResponse:
     from bento.explanation import Question, visible
     from bento.texts import wrong_type
 
+    body = of_version(body, request)
     backend, state = backend_for(request, body.task), request.state
     chosen = await asyncio.to_thread(backend.scorer.choose, body.task, None, uuid.uuid4().hex, body.model_version)
     about(request, body.task, chosen.entry)

@@ -40,6 +40,23 @@ def test_texts_and_conversations_are_answered_with_texts(served: Served) -> None
     assert first == second != answer["results"][0]["text"]
 
 
+def test_an_answer_rests_on_passages_that_are_recorded_with_it(served: Served) -> None:
+    conversation = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is for sale?"},
+    ]
+    passages = ["A house in Lund is for sale.", "Flats are let by the week."]
+    body = {"task": "chat", "inputs": [conversation, "What is for sale?"], "parameters": {"max_tokens": 8}}
+    plain, informed = (served.server.ask(**body | more).json()["results"] for more in ({}, {"context": passages}))
+    for before, after in zip(plain, informed, strict=True):
+        assert after["prompt_tokens"] > before["prompt_tokens"]
+        *earlier, last = json.loads(served.stored(after["prediction_id"])["input"])
+        assert earlier in ([], conversation[:-1])
+        lines = last["content"].split("\n\n")
+        assert lines[1:] == [f"[1] {passages[0]}", f"[2] {passages[1]}", "What is for sale?"]
+
+
 def test_fields_are_extracted(served: Served) -> None:
     answer = served.server.ask(task="read", inputs=["A house in Lund, furnished.", "A flat"]).json()
     for result in answer["results"]:
@@ -67,6 +84,10 @@ def test_an_input_that_cannot_be_answered_fails_alone(served: Served) -> None:
     ("body", "code"),
     [
         ({"task": "t1", "inputs": ["x"], "parameters": {"max_tokens": 3}}, "unsupported_parameter"),
+        ({"task": "t1", "inputs": ["x"], "context": ["y"]}, "unsupported_parameter"),
+        ({"task": "read", "inputs": ["x"], "context": ["y"]}, "unsupported_parameter"),
+        ({"task": "chat", "inputs": ["x"], "context": []}, "invalid_request"),
+        ({"task": "chat", "inputs": ["x"], "context": ["y"] * 65}, "invalid_request"),
         ({"task": "t1", "inputs": [[{"role": "user", "content": "x"}]]}, "invalid_input"),
         ({"task": "chat", "inputs": ["x"], "parameters": {"max_tokens": 0}}, "invalid_request"),
         ({"task": "chat", "inputs": ["x"], "parameters": {"temperature": "hot"}}, "invalid_request"),
