@@ -1,9 +1,12 @@
-"""Schemathesis against a real server: whatever it is sent, it keeps what its OpenAPI document says."""
+"""What a server's OpenAPI document promises: schemathesis finds whether it is kept, matrices of roles miss nothing."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,3 +36,14 @@ def require_kept(url: str, folder: Path, *, hooks: str, undeclared: str) -> None
         check=False,
     )
     assert done.returncode == 0, done.stdout[-16000:]
+
+
+def unasked(document: dict[str, Any], requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Method and path of each endpoint of `document`, but for the probes, that none of `requests` goes to."""
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    asked = {(method, path.partition("?")[0]) for method, path in requests}
+    return [
+        (method, path)
+        for method, path in described - {("GET", "/livez"), ("GET", "/readyz")}
+        if not any(method == one and re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), other) for one, other in asked)
+    ]

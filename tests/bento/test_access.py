@@ -13,6 +13,7 @@ import pytest
 
 from ft_resources import api_keys
 from tests.bento.servers import Server, end, start
+from tests.contract import unasked
 
 JWT_SECRET = "a secret of the test, longer than 32 bytes"
 ORIGIN = "https://shop.example"
@@ -101,6 +102,7 @@ MATRIX: dict[str, tuple[str, str, Any, set[str]]] = {
     "token": ("POST", "/auth/token", None, ALL),
     "list keys": ("GET", "/auth/keys", None, KEEPERS),
     "make a reader of t2": ("POST", "/auth/keys", NEW_KEY, {"owner", "admin", "environment"}),
+    "revoke a key": ("DELETE", "/auth/keys/nobody's", None, KEEPERS),
     "make an admin": ("POST", "/auth/keys", {"name": "made", "role": "admin"}, {"admin", "environment"}),
 }
 CALLERS = ("nobody", "stranger", "revoked", "expired", *sorted(ALL))
@@ -130,6 +132,11 @@ def test_each_role_may_what_it_may_and_nothing_else(
             world.ledger.revoke_key("made", "test")
     for probe in ("/livez", "/readyz"):
         assert server.client.get(probe, headers=OUTSIDE).status_code == 200
+
+
+def test_every_endpoint_stands_in_the_matrix(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    assert unasked(document, [row[:2] for row in MATRIX.values()]) == []
 
 
 def test_models_and_keys_show_only_what_is_the_callers(server: Server, shown: dict[str, str]) -> None:
