@@ -19,10 +19,9 @@ from ft_resources import images
 from ft_resources.environments import Environment
 from ft_resources.errors import ServiceError
 from ft_resources.serving import REQUIREMENTS, BentoStore, free_port
+from tests import isolation
 
 NOBODY = 65534
-PRIVILEGED = os.geteuid() == 0 and all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
-"""Whether this process may cut a server off from the network."""
 SHARED = all(folder.stat().st_mode & 0o005 == 0o005 for folder in Path(sys.executable).resolve().parents)
 """Whether another user may run this Python."""
 DIGEST = "ab" * 32
@@ -119,7 +118,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
     home.mkdir(mode=0o777)
     home.chmod(0o777)
     port = free_port()
-    cut = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    cut = list(isolation.CUT_OFF)
     if SHARED:
         cut += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     serve = [str(Path(sys.executable).with_name("bentoml")), "serve", str(context)]
@@ -134,7 +133,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
     log = place / "serve.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [*(cut if PRIVILEGED else []), *serve, "--host", "127.0.0.1", "--port", str(port)],
+            [*(cut if isolation.POSSIBLE else []), *serve, "--host", "127.0.0.1", "--port", str(port)],
             cwd=home,
             env=variables,
             stdout=sink,
@@ -142,7 +141,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
             start_new_session=True,
         )
     try:
-        inside = ["nsenter", f"--net=/proc/{process.pid}/ns/net"] if PRIVILEGED else []
+        inside = ["nsenter", f"--net=/proc/{process.pid}/ns/net"] if isolation.POSSIBLE else []
         body = json.dumps({"task": "t1", "inputs": ["Your invoice is attached."]})
         said = subprocess.run(
             [*inside, sys.executable, "-c", CLIENT, f"http://127.0.0.1:{port}", body, "key-of-the-test"],
@@ -156,7 +155,7 @@ def test_the_context_serves_alone(built: tuple[BentoStore, str], place: Path) ->
         assert answer["results"][0]["label"] in ("ham", "spam")
         assert answer["without_key"] == 401, "in an image nobody is trusted for where they stand"
         assert (home / "ft" / "ledger.db").is_file(), "answers are recorded in the home"
-        if PRIVILEGED:
+        if isolation.POSSIBLE:
             assert answer["network"] is False
             users = {one.uids().real for one in psutil.Process(process.pid).children(recursive=True)}
             assert users == {NOBODY if SHARED else 0}
