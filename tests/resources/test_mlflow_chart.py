@@ -1,6 +1,5 @@
 """The Helm chart of MLflow: rendered by Helm's own library, checked against Kubernetes' schemas, its commands run."""
 
-import copy
 import os
 import socket
 import subprocess
@@ -13,59 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
-import kubernetes_validate
 import pytest
 import sqlalchemy as sa
-import yaml
 from typer.testing import CliRunner
 
 from ft_assets.cli import app
-from ft_resources.environments import REPOSITORY
+from tests.resources.charts import RELEASED, Chart, container, pod, variables
 
-CHART = REPOSITORY / "deployments" / "helm" / "mlflow"
-VALUES: dict[str, Any] = {
-    "database": {"secret": "mlflow-database"},
-    "artifacts": {"destination": "s3://bucket/mlflow", "credentialsSecret": "mlflow-bucket"},
-    "backup": {"image": "registry/ft-backup:1", "destination": "s3://bucket/backups"},
-}
-RELEASED = {"1.27", "1.30", "1.37"}
-
-
-def with_(path: str, value: Any) -> dict[str, Any]:
-    """The values with another one at `path`."""
-    changed = copy.deepcopy(VALUES)
-    *parents, last = path.split(".")
-    place = changed
-    for name in parents:
-        place = place.setdefault(name, {})
-    place[last] = value
-    return changed
-
-
-def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The objects of a release by kind."""
-    with helm_python.Chart.load(str(CHART)) as chart:
-        texts = chart.render(values, name="tracking", namespace="ml")
-    found = [yaml.safe_load(text) for name, text in texts.items() if not name.endswith(".txt")]
-    return {one["kind"]: one for one in found if one}
-
-
-def pod(one: dict[str, Any]) -> dict[str, Any]:
-    spec = one["spec"]["jobTemplate"]["spec"] if one["kind"] == "CronJob" else one["spec"]
-    return dict(spec["template"]["spec"])
-
-
-def container(one: dict[str, Any]) -> dict[str, Any]:
-    (only,) = pod(one)["containers"]
-    return dict(only)
-
-
-def variables(one: dict[str, Any]) -> dict[str, Any]:
-    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container(one)["env"]}
+CHART = Chart(
+    "mlflow",
+    "tracking",
+    {
+        "database": {"secret": "mlflow-database"},
+        "artifacts": {"destination": "s3://bucket/mlflow", "credentialsSecret": "mlflow-bucket"},
+        "backup": {"image": "registry/ft-backup:1", "destination": "s3://bucket/backups"},
+    },
+)
+with_, rendered = CHART.with_, CHART.rendered
 
 
 def test_the_chart_renders_a_server_without_state_on_an_external_database_and_bucket() -> None:
-    objects = rendered(VALUES)
+    objects = rendered()
     assert sorted(objects) == ["CronJob", "Deployment", "Job", "PodDisruptionBudget", "Service"]
     server = objects["Deployment"]
     assert server["spec"]["replicas"] == 2 and server["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
@@ -88,11 +55,11 @@ def test_the_chart_renders_a_server_without_state_on_an_external_database_and_bu
         assert pod(one)["volumes"][0].keys() == {"name", "emptyDir"}
 
 
-@pytest.mark.parametrize("version", sorted(RELEASED))
+@pytest.mark.parametrize("version", RELEASED)
 @pytest.mark.parametrize(
     "values",
     [
-        VALUES,
+        CHART.values,
         with_(
             "artifacts", {"destination": "s3://b", "serviceAccount": "a", "endpoint": "http://s3:9000", "region": "x"}
         ),
@@ -100,9 +67,7 @@ def test_the_chart_renders_a_server_without_state_on_an_external_database_and_bu
     ],
 )
 def test_every_object_is_one_that_kubernetes_takes(values: dict[str, Any], version: str) -> None:
-    assert not helm_python.lint(str(CHART), values, strict=True)["errors"]
-    for one in rendered(values).values():
-        kubernetes_validate.validate(one, version, strict=True)
+    CHART.validate(values, version)
 
 
 @pytest.mark.parametrize(
