@@ -1,7 +1,7 @@
 """In which precision an adapter is served: the fastest one that gives the answers of plain peft in float32."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,56 +89,92 @@ def keeps(one: Agreement, policy: GatePolicy) -> bool:
 
 
 def agreement(engine: Engine, digest: str, texts: Sequence[str], plain: np.ndarray) -> Agreement:
-    """The engine's answers against `plain`, float32 [texts, labels].
+    """The engine's answers against `plain`, float32 [texts, labels]; see `compare`."""
+
+    def ask(some: Sequence[str]) -> np.ndarray:
+        return np.stack([one.probabilities for one in engine.score([(text, digest) for text in some])])
+
+    return compare(ask, engine.precision, texts, plain)
+
+
+def compare(
+    ask: Callable[[Sequence[str]], np.ndarray], precision: str, texts: Sequence[str], plain: np.ndarray
+) -> Agreement:
+    """The answers of `ask` against `plain`, float32 [texts, labels].
 
     A row agrees if its label is that of `plain` both among neighbours and, for `ALONE_ROWS` rows spread over `texts`,
     alone, so that an answer which depends on what else is in its batch counts as another answer.
+
+    Args:
+        ask: Texts -> probabilities, float32 [texts, labels]. It is asked for all of them first, then for one at a time.
+        precision: What `ask` computes in.
     """
-    together = np.stack([one.probabilities for one in engine.score([(text, digest) for text in texts])])
+    together = ask(texts)
     places = np.unique(np.linspace(0, len(texts) - 1, min(ALONE_ROWS, len(texts))).astype(int))
     alone = together.copy()
-    alone[places] = [engine.score([(texts[place], digest)])[0].probabilities for place in places]
+    alone[places] = [ask([texts[place]])[0] for place in places]
     right = plain.argmax(1)
     differences = np.maximum(np.abs(together - plain).max(1), np.abs(alone - plain).max(1))
     return Agreement(
-        precision=engine.precision,
+        precision=precision,
         rows=len(texts),
         agreement=float(((together.argmax(1) == right) & (alone.argmax(1) == right)).mean()),
         probability_shift=float(np.quantile(differences, SHIFT_QUANTILE)),
         max_probability_difference=float(differences.max()),
+        mean_probability_difference=float(differences.mean()),
         changed_by_neighbours=int((together.argmax(1) != alone.argmax(1)).sum()),
     )
 
 
 def plain_probabilities(base: BaseModel, adapter: Path, about: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
-    """What `peft.PeftModel` answers in float32, the adapter folder loaded as anyone else would: [texts, labels]."""
-    import torch
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModel, AutoTokenizer
+    """What `Plain` answers: [texts, labels]."""
+    return Plain(base, adapter, about)(texts)
 
-    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base.path, dtype=torch.float32), adapter).eval()
-    head = load_file(adapter / "head.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-    answers = np.empty((len(texts), len(about["labels"])), np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(order), BATCH):
-            places = order[start : start + BATCH]
-            batch = tokenizer(
-                [texts[place] for place in places],
-                truncation=True,
-                max_length=about["max_tokens"],
-                padding=True,
-                return_tensors="pt",
-            )
-            states = model(**batch).last_hidden_state
-            mask = batch["attention_mask"]
-            first, last = torch.zeros(len(mask), dtype=torch.long), mask.sum(1) - 1
-            if about["pooling"] == "mean":
-                pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-            else:
-                pooled = states[torch.arange(len(mask)), first if about["pooling"] == "cls" else last]
-            logits = pooled @ head["weight"].T + head["bias"]
-            answers[places] = torch.softmax(logits / about["temperature"], -1).numpy()
-    return answers
+
+class Plain:
+    """`peft.PeftModel` in float32, the adapter folder loaded as anyone else would.
+
+    Args:
+        adapter: Its folder.
+        about: What its `adapter.json` says.
+    """
+
+    def __init__(self, base: BaseModel, adapter: Path, about: Mapping[str, Any]) -> None:
+        import torch
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        from transformers import AutoModel, AutoTokenizer
+
+        network = AutoModel.from_pretrained(base.path, dtype=torch.float32)
+        self._model = PeftModel.from_pretrained(network, adapter).eval()
+        self._head = load_file(adapter / "head.safetensors")
+        self._tokenizer = AutoTokenizer.from_pretrained(base.path)
+        self._about = about
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Calibrated probabilities, float32 [texts, labels]."""
+        import torch
+
+        about, head = self._about, self._head
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        answers = np.empty((len(texts), len(about["labels"])), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(order), BATCH):
+                places = order[start : start + BATCH]
+                batch = self._tokenizer(
+                    [texts[place] for place in places],
+                    truncation=True,
+                    max_length=about["max_tokens"],
+                    padding=True,
+                    return_tensors="pt",
+                )
+                states = self._model(**batch).last_hidden_state
+                mask = batch["attention_mask"]
+                first, last = torch.zeros(len(mask), dtype=torch.long), mask.sum(1) - 1
+                if about["pooling"] == "mean":
+                    pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+                else:
+                    pooled = states[torch.arange(len(mask)), first if about["pooling"] == "cls" else last]
+                logits = pooled @ head["weight"].T + head["bias"]
+                answers[places] = torch.softmax(logits / about["temperature"], -1).numpy()
+        return answers

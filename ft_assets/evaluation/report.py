@@ -94,6 +94,8 @@ class Agreement(Part):
     max_probability_difference: float
     probability_shift: float = 0.0
     """What 95 % of the rows stay below: the largest difference of a row's probabilities."""
+    mean_probability_difference: float = 0.0
+    """Mean over the rows of that difference."""
     changed_by_neighbours: int = 0
     """Rows that get one label alone and another one in a batch."""
 

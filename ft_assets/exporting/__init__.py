@@ -1,0 +1,1 @@
+"""Export of released classifiers as ONNX."""
