@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator,
 
 from bento import conversation
 from ft_assets.evaluation.policy import OF_TYPES, THRESHOLDS, GatePolicy, Share
+from ft_assets.release.samples import SampleRequest
 from ft_assets.specs import Misplaced, Strict, YamlFile
 from ft_resources.errors import SpecError
 
@@ -245,6 +246,12 @@ class ServingSpec(Strict):
     review_below: Share = Field(
         0.0, description="text-classification: less confident answers carry the decision `review` instead of `accept`."
     )
+    test_requests: list[SampleRequest] = Field(
+        [],
+        max_length=1000,
+        description="What the built service is asked before a release, such as {text: WIN a free cruise, label: spam}; "
+        "one wrong answer and there is no release.",
+    )
 
 
 TYPE_OF_FIELD = {
@@ -331,6 +338,9 @@ class TaskSpec(Strict):
             raise Misplaced(
                 f"it is for tasks of type text-classification, this one's is {self.type}", "serving", "review_below"
             )
+        for at, sample in enumerate(self.serving.test_requests):
+            if problem := sample.problem(self.type, self.labels, self.fields):
+                raise Misplaced(str(problem), "serving", "test_requests", at, *problem.loc)
         for metric in self.gates.thresholds:
             if metric not in THRESHOLDS[self.type]:
                 listed = ", ".join(THRESHOLDS[self.type])

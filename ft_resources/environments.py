@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
+from urllib.parse import urlsplit
 
 from ft_resources.errors import SpecError
 
@@ -75,6 +76,12 @@ class Environment:
     """`FT_API_KEYS`, comma-separated: keys that callers from other machines must show."""
     actor: str
     """`FT_ACTOR`, default the login name: who the audit names."""
+    notify_urls: tuple[str, ...] = field(repr=False)
+    """`FT_NOTIFY_URL`, comma-separated: webhooks of a chat (Slack, Mattermost, Teams) that are told what goes live.
+    They are secrets: who knows one may post."""
+    service_url: str
+    """`FT_SERVICE_URL`: the service that answers for released tasks, such as https://models.example; empty: one of this
+    home on this machine, started when it is asked for."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None, *, home: str | Path | None = None) -> "Environment":
@@ -83,7 +90,7 @@ class Environment:
         Relative paths start at the working directory, here and not where a child process happens to stand.
 
         Raises:
-            SpecError: A variable that is a number or a choice holds something else.
+            SpecError: A variable that is a number, a choice, an address or a list of webhooks holds something else.
         """
         get = (os.environ if variables is None else variables).get
         root = Path(home or get("FT_HOME") or ".ft").expanduser().resolve()
@@ -115,12 +122,14 @@ class Environment:
             adapter_memory_mb=_positive("FT_ADAPTER_MEMORY_MB", get("FT_ADAPTER_MEMORY_MB") or str(ADAPTER_MEMORY_MB)),
             api_keys=tuple(key.strip() for key in (get("FT_API_KEYS") or "").split(",") if key.strip()),
             actor=get("FT_ACTOR") or _login(),
+            notify_urls=_webhooks("FT_NOTIFY_URL", get("FT_NOTIFY_URL") or ""),
+            service_url=_address("FT_SERVICE_URL", get("FT_SERVICE_URL") or ""),
         )
 
     def variables(self) -> dict[str, str]:
         """The variables that give a child process this environment, offline and without telemetry.
 
-        API keys are left out: only the service needs them, and it has them from whoever starts it.
+        API keys and webhooks are left out: a service, or a run, has them from whoever starts it, a worker needs none.
         """
         chosen = {
             "FT_IMAGE": self.image,
@@ -128,6 +137,7 @@ class Environment:
             "FT_DEVICE": self.device,
             "FT_GENERATION_ENGINE": self.generation_engine if self.generation_engine != "torch" else "",
             "FT_PROCESSES": str(self.processes) if self.processes > 1 else "",
+            "FT_SERVICE_URL": self.service_url,
             "FT_MEMORY_GB": "" if self.memory_gb is None else str(self.memory_gb),
             "FT_ADAPTER_MEMORY_MB": str(self.adapter_memory_mb),
         }
@@ -266,6 +276,40 @@ def _amount(name: str, value: str | None) -> float | None:
     if not 0 < amount < float("inf"):
         raise SpecError(f"{name} is '{value}'", where="environment", mend="Set it to a number above 0, or unset it.")
     return amount
+
+
+def _webhooks(name: str, value: str) -> tuple[str, ...]:
+    """The URLs in a list with commas; an error does not repeat them."""
+    urls = tuple(url.strip() for url in value.split(",") if url.strip())
+    for place, url in enumerate(urls, start=1):
+        if not _is_http_url(url):
+            raise SpecError(
+                f"{name} holds no webhook" + (f" in place {place}" if len(urls) > 1 else ""),
+                where="environment",
+                mend="Set it to URLs with https:// or http:// and without user and password, or unset it; a comma "
+                "inside a URL is written as %2C.",
+            )
+    return urls
+
+
+def _address(name: str, value: str) -> str:
+    """A URL without a slash at its end."""
+    if value and (not _is_http_url(value) or "?" in value or "#" in value):
+        raise SpecError(
+            f"{name} is no address", where="environment", mend="Set it to http(s)://HOST:PORT, or unset it."
+        )
+    return value.rstrip("/")
+
+
+def _is_http_url(url: str) -> bool:
+    """Whether an HTTP client can ask it."""
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        usable = parts.hostname and parts.username is None and parts.password is None and parts.port != 0
+    except ValueError:  # its port is no number, its host no host
+        return False
+    return bool(usable) and parts.scheme in ("http", "https") and all("!" <= character <= "~" for character in url)
 
 
 def _login() -> str:

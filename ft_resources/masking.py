@@ -9,8 +9,9 @@ from urllib.parse import unquote
 
 MASK = "***"
 SECRET_WORDS = {"apikey", "credential", "credentials", "key", "keys", "pass", "passphrase", "passwd", "password", "pat"}
-SECRET_WORDS |= {"passwords", "secret", "secrets", "token", "auth", "authorization", "bearer", "cookie"}
+SECRET_WORDS |= {"passwords", "secret", "secrets", "token", "auth", "authorization", "bearer", "cookie", "webhook"}
 ENDINGS = ("password", "passwd", "secret", "apikey", "token")
+ENDS = ("_pwd", "notify_url")
 HARMLESS_NAMES = re.compile(
     r"(?i)(^|[_.-])((pad|eos|bos|unk|cls|sep|mask|image|stop|special)_?token|token_?(accuracy|count|type)|auth_?(type|method|sock)"
     r"|(public|partition|asset|primary|foreign|sort|group|row|label|text)_?keys?)($|[_.-])"
@@ -31,6 +32,7 @@ _FORMS = [
     re.compile(r"\bAIza[0-9A-Za-z_-]{30,}"),  # Google
     re.compile(r"\bya29\.[0-9A-Za-z_-]{20,}"),
     re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),  # Slack
+    re.compile(r"https://hooks\.slack\.com/(?:services|workflows|triggers)/[\w/-]+"),
     re.compile(r"\b(?:npm_|dapi|r8_|nvapi-|gsk_|pypi-AgE)[A-Za-z0-9_-]{24,}"),
 ]
 _URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)([^/\s:@'\"]*):([^/\s'\"]+)@", re.IGNORECASE)
@@ -45,7 +47,7 @@ def is_secret_name(name: str) -> bool:
         return False
     plain = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
     words = re.split(r"[^a-z]+", plain)
-    return not SECRET_WORDS.isdisjoint(words) or any(word.endswith(ENDINGS) for word in words) or plain.endswith("_pwd")
+    return not SECRET_WORDS.isdisjoint(words) or any(word.endswith(ENDINGS) for word in words) or plain.endswith(ENDS)
 
 
 def secrets_of(variables: Mapping[str, str]) -> frozenset[str]:

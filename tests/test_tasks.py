@@ -242,6 +242,9 @@ sources:
     url: "*.jsonl"
 """.splitlines()
 
+SAMPLES = "serving:\n  test_requests:\n    - "
+ASKED = "field 'serving.test_requests.0"
+
 
 def test_tasks_of_the_other_types(tmp_path: Path) -> None:
     for name, lines in (("support", GENERATION), ("bills", EXTRACTION)):
@@ -310,6 +313,31 @@ def test_tasks_of_the_other_types(tmp_path: Path) -> None:
             ["field 'gates.max_loss_increase'", "type text-generation"],
         ),
         (EXTRACTION, 4, "serving: {review_below: 0.5}", 4, ["field 'serving.review_below'", "text-classification"]),
+        (EXTRACTION, 4, SAMPLES + "{text: x, label: EUR}", 6, [f"{ASKED}.label'", "for tasks of type text-class"]),
+        (EXTRACTION, 4, SAMPLES + "{text: x, fields: {sendr: Ada}}", 6, [f"{ASKED}.fields.sendr'", "sender, currency"]),
+        (EXTRACTION, 4, SAMPLES + "{text: x, fields: {sender: 3}}", 6, [f"{ASKED}.fields.sender'", "3 is no string"]),
+        (
+            EXTRACTION,
+            4,
+            SAMPLES + "text: x\n      fields:\n        sender: Ada\n        currency: GBP",
+            9,
+            [f"{ASKED}.fields.currency'", "'GBP' is not one of its values"],
+        ),
+        (GENERATION, 4, SAMPLES + "{text: x, fields: {a: b}}", 6, [f"{ASKED}.fields'", "for tasks of type extraction"]),
+        (GENERATION, 4, SAMPLES + "{text: x}", 6, [f"{ASKED}'", "what the answer must be: add contains"]),
+        (GENERATION, 4, SAMPLES + "{text: x, contains: ''}", 6, [f"{ASKED}.contains'", "at least 1 character"]),
+        (LINES, 17, SAMPLES + "{text: x, contains: y}\ncleaning:", 19, [f"{ASKED}.contains'", "or extraction, this"]),
+        (LINES, 17, SAMPLES + "{text: x, label: spm}\ncleaning:", 19, [f"{ASKED}.label'", "did you mean 'spam'?"]),
+        (LINES, 17, SAMPLES + "{text: ' ', label: spam}\ncleaning:", 19, [f"{ASKED}.text'", "it is blank"]),
+        (LINES, 17, SAMPLES + "{label: spam}\ncleaning:", 19, [f"{ASKED}.text' is missing", "Add it"]),
+        (LINES, 17, SAMPLES + "{text: x, lable: spam}\ncleaning:", 19, [f"{ASKED}.lable' is not known", "'label'?"]),
+        (
+            LINES,
+            17,
+            SAMPLES + "text: x\n      label: spam\n      contains: y\ncleaning:",
+            21,
+            [f"{ASKED}.contains'", "`label` says already"],
+        ),
         (EXTRACTION, 4, "gates: {thresholds: {bleu: 0.5}}", 4, ["field 'gates.thresholds.bleu'", "has field_f1"]),
         (
             LINES,

@@ -13,7 +13,7 @@ from ft_assets.evaluation.servable import why_unserved
 from ft_assets.evaluation.stored import parse_report, read_report, served_precision
 from ft_assets.materialising import publish, result, table, task_named, typed_failures
 from ft_assets.partitions import task_partitions
-from ft_assets.release import golden, promotion
+from ft_assets.release import announcing, golden, promotion
 from ft_assets.release.model_card import as_markdown, model_card
 from ft_resources.base_models import resolve as resolve_base
 from ft_resources.environments import Environment
@@ -24,6 +24,8 @@ from ft_resources.serving import BentoStore
 from ft_resources.tracking import ModelRegistry
 
 GROUP = "4_release"
+BUILT_FROM = ("adapter", "model_version", "precision", "review_below", "service_code", "packages")
+"""What decides the content of a Bento; with the same, a built one is only asked again."""
 
 
 @dg.asset(partitions_def=task_partitions, deps=["eval_report"], group_name=GROUP, kinds={"mlflow"}, code_version="1")
@@ -93,17 +95,22 @@ def bento_service(
     lake: dg.ResourceParam[Lake],
     bentos: dg.ResourceParam[BentoStore],
 ) -> dg.MaterializeResult[Any]:
-    """A Bento that serves the adapter offline, started once as a real process and asked golden requests."""
+    """A Bento that serves the adapter offline, started once as a real process and asked golden requests, and what the
+    task file lists under `serving.test_requests`.
+    """
     with typed_failures():
         task = task_named(environment, context.partition_key)
         version = lake.require(task.name, "model_version")
         about = version.json("version.json")
         adapter, report = lake.open(about["adapter"]), lake.open(about["report"])
+        samples = task.spec.serving.test_requests
         made_from = {
             "adapter": adapter.digest,
             "eval_report": report.digest,
             "model_version": about["version"],
+            "precision": served_precision(parse_report(report)),
             "review_below": task.spec.serving.review_below,
+            "test_requests": golden.listed(samples),
             "service_code": bentos.code_digest(),
             "packages": bentos.packages_digest(),
         }
@@ -116,21 +123,26 @@ def bento_service(
                 "model_version": about["version"],
                 "adapter": adapter.digest,
                 "base": reference,
-                "precision": served_precision(parse_report(report)),
+                "precision": made_from["precision"],
                 "review_below": task.spec.serving.review_below,
             }
-            context.log.info("building the Bento")
-            tag = bentos.build(task.name, adapter.folder, resolve_base(reference), release)
-            context.log.info(f"starting {tag} and asking golden requests")
+            tag = _built(lake, bentos, task.name, made_from)
+            if tag is None:
+                context.log.info("building the Bento")
+                tag = bentos.build(task.name, adapter.folder, resolve_base(reference), release)
+            context.log.info(f"starting {tag}, asking golden requests and {len(samples)} test requests")
             with bentos.serving(tag, home=folder / "probe-home") as server:
-                answered = golden.ask(server, task.name, report)
+                answered = {
+                    "golden": golden.ask(server, task.name, report),
+                    "test_requests": golden.ask_samples(server, task.name, samples),
+                }
             shutil.rmtree(folder / "probe-home")
             service = {
                 **{key: made_from[key] for key in ("adapter", "eval_report", "model_version")},
                 "task": task.name,
                 "tag": tag,
-                "golden": answered,
-                "answers_match": bool(answered) and not golden.wrong(answered),
+                **answered,
+                "answers_match": not golden.complaints(answered),
             }
             (folder / "service.json").write_text(json.dumps(service, indent=1))
 
@@ -147,6 +159,7 @@ def bento_service(
                 "bento": service["tag"],
                 "adapter": short(adapter.digest),
                 "golden_requests": table(service["golden"]),
+                "test_requests": table(service["test_requests"]),
                 "bento_folder": dg.MetadataValue.path(str(folder)),
                 "dockerfile": dg.MetadataValue.path(str(folder / "env" / "docker" / "Dockerfile")),
                 "image_mb": {name: round(number / 1e6) for name, number in size.items()},
@@ -163,11 +176,14 @@ def release(
     ledger: dg.ResourceParam[Ledger],
     registry: dg.ResourceParam[ModelRegistry],
 ) -> dg.MaterializeResult[Any]:
-    """The decision to serve: refuses unless every gate passes, asked again on the stored report of this adapter."""
+    """The decision to serve: refuses unless every gate passes, asked again on the stored report of this adapter.
+
+    What newly goes live is told to the webhooks of `FT_NOTIFY_URL`.
+    """
     with typed_failures():
         task = task_named(environment, context.partition_key)
         because = context.run.tags.get("ft/because", "materialised by hand")
-        live, candidate = promotion.release(
+        decided, candidate = promotion.release(
             lake,
             ledger,
             task.spec,
@@ -175,6 +191,10 @@ def release(
             because=because,
             engine=environment.generation_engine,
         )
+        live = decided.release
+        told = announcing.announce(lake, environment.notify_urls, decided)
+        for failure in told.failures:
+            context.log.warning(f"launch notice: {failure}")
         registry.set_alias(task.name, "champion", live["model_version"])
 
         def write(folder: Path) -> None:
@@ -202,9 +222,19 @@ def release(
                 "decision": candidate.decision.verdict,
                 "overruled": table([{"demand": k, "reason": v} for k, v in candidate.refusals.items()]),
                 "because": live["because"],
+                "launch_notice": told.summary,
                 "history": table(history[-20:]),
             },
         )
+
+
+def _built(lake: Lake, bentos: BentoStore, task: str, made_from: Mapping[str, Any]) -> str | None:
+    """The tag of the present Bento, if it was built from the same, whatever it was asked then."""
+    head = lake.head(task, "bento_service")
+    if head is None or any(head.made_from.get(name) != made_from[name] for name in BUILT_FROM):
+        return None
+    tag = str(head.json("service.json")["tag"])
+    return tag if bentos.has(tag) else None
 
 
 def _standing(lake: Lake, bentos: BentoStore, task: str, made_from: Mapping[str, Any]) -> Artefact | None:

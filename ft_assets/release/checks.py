@@ -36,13 +36,19 @@ def card_complete(
 def answers_golden_requests(
     context: dg.AssetCheckExecutionContext, environment: dg.ResourceParam[Environment], lake: dg.ResourceParam[Lake]
 ) -> dg.AssetCheckResult:
-    """The started Bento gave the labels or texts that were evaluated, with the same confidence to .02."""
+    """The started Bento gave the labels or texts that were evaluated, with the same confidence to .02, and answered the
+    test requests of the task file (`serving.test_requests`) as they say.
+    """
     task = task_named(environment, context.partition_key)
     service = lake.require(task.name, "bento_service").json("service.json")
-    wrong = golden.wrong(service["golden"])
+    asked, samples = service["golden"], service.get("test_requests", [])
+    wrong, missed = golden.wrong(asked), [one for one in samples if not one["right"]]
+    told = golden.complaints(service)
+    counted = f"{len(asked) - len(wrong)} of {len(asked)} golden requests answered as evaluated" + (
+        f", {len(samples) - len(missed)} of {len(samples)} test requests as the task file says" if samples else ""
+    )
     return dg.AssetCheckResult(
-        passed=service["answers_match"] and bool(service["golden"]),
-        description=f"{len(service['golden']) - len(wrong)} of {len(service['golden'])} golden requests "
-        "answered as evaluated",
-        metadata={"wrong": table(wrong)},
+        passed=service["answers_match"] and not told,
+        description="; ".join([counted, *told]) + (f". {golden.mend(service)}" if told else ""),
+        metadata={"wrong": table(wrong), "wrong_test_requests": table(missed)},
     )

@@ -1,7 +1,7 @@
-"""Golden requests: what a freshly started service is asked, and whether it answers as evaluated."""
+"""What a freshly started service is asked: golden requests, answered as evaluated, and the samples of the task file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ import pandas as pd
 
 from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.stored import parse_report
+from ft_assets.release.samples import SampleRequest
+from ft_resources.errors import ServiceError
 from ft_resources.lake import Artefact
 from ft_resources.serving import ServerProcess
 
@@ -16,6 +18,10 @@ PER_LABEL = 5
 FIRM = 0.6
 """Answers below this confidence may differ by rounding between two batches; they are not asked."""
 CONFIDENCE_SLACK = 0.02
+LONGEST = 120
+"""Characters of a text that are shown in a sentence."""
+MOST = 10
+"""Wrong answers that are told one by one; all of them are in the check's table."""
 
 
 def ask(server: ServerProcess, task: str, report: Artefact) -> list[dict[str, Any]]:
@@ -38,6 +44,71 @@ def wrong(answered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for one in answered
         if one["expected"] != one["answered"] or abs(one["expected_confidence"] - one["confidence"]) >= CONFIDENCE_SLACK
     ]
+
+
+def ask_samples(server: ServerProcess, task: str, samples: Sequence[SampleRequest]) -> list[dict[str, Any]]:
+    """Every sample request of the task file, asked one at a time, beside what was expected.
+
+    Raises:
+        ServiceError: The service did not answer; it names the text.
+    """
+    return [_asked_sample(server, task, sample) for sample in samples]
+
+
+def complaints(service: Mapping[str, Any]) -> list[str]:
+    """What a built service (`service.json`) answered wrongly, one sentence each; empty when it may be released."""
+    asked = service["golden"]
+    told = [] if asked else ["no golden request was asked"]
+    for one in wrong(asked):
+        sure = f" ({one['confidence']:.2f})", f" ({one['expected_confidence']:.2f})"
+        told.append(
+            f"golden request {one['row_id']}: answered {_shown(one['answered'])}{sure[0]}, "
+            f"evaluated was {_shown(one['expected'])}{sure[1]}"
+        )
+    for one in service.get("test_requests", []):
+        if not one["right"]:
+            told.append(
+                f"test request {_shown(one['text'])}: answered {_shown(one['answered'])}, expected {one['expected']}"
+            )
+    return told if len(told) <= MOST else [*told[:MOST], f"and {len(told) - MOST} more"]
+
+
+def mend(service: Mapping[str, Any]) -> str:
+    """What to do about the complaints."""
+    if wrong(service["golden"]) or not service["golden"]:
+        return "Materialise eval_report, model_version, bento_service and release of this task in one run."
+    return (
+        "Correct serving.test_requests in the task file or train an adapter that answers so, then materialise "
+        "bento_service and release in one run."
+    )
+
+
+def listed(samples: Sequence[SampleRequest]) -> list[dict[str, Any]]:
+    """The sample requests as a Bento's manifest keeps them."""
+    return [sample.model_dump(mode="json") for sample in samples]
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...")
+
+
+def _asked_sample(server: ServerProcess, task: str, sample: SampleRequest) -> dict[str, Any]:
+    try:
+        got = server.ask("/predict", {"task": task, "inputs": [sample.text]}, timeout=300)["results"][0]
+    except ServiceError as error:
+        raise ServiceError(
+            f"test request {_shown(sample.text)}: {error.what}",
+            where=f"serving.test_requests of task {task}",
+            mend="Write a text that the service takes, or drop it.",
+        ) from error
+    answered = got["label"] if sample.label is not None else got["text"]
+    return {
+        "text": sample.text,
+        "expected": sample.expected,
+        "answered": answered,
+        "right": sample.met_by(answered),
+        "confidence": got["confidence"],
+    }
 
 
 def _asked_label(server: ServerProcess, task: str, row: dict[Any, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ft_assets.evaluation.decision import Decision
 from ft_assets.evaluation.gate import decide, explained
 from ft_assets.evaluation.generation.report import GenerationReport
 from ft_assets.evaluation.stored import read_report, require_engine, require_recounted, served_precision
+from ft_assets.release import golden
 from ft_assets.tasks import TaskSpec
 from ft_assets.training.verdicts import of_adapter
 from ft_resources.errors import GateRefusal
@@ -43,7 +44,7 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec, *, engine: str = "torch"
     Raises:
         GateRefusal: Adapter, report, model version and Bento are not of one adapter; the report is another task's, of
             other rows, of another engine, or compared the adapter with one that is no longer the champion; or the
-            Bento's probe failed.
+            Bento answered a golden request or a test request of the task file wrongly, or was asked other ones.
         ArtefactError: One of them is missing or its bytes were changed.
         EvaluationError: The report contradicts itself or its own rows.
     """
@@ -51,7 +52,8 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec, *, engine: str = "torch"
     adapter = lake.require(name, "adapter")
     report_artefact, report = read_report(lake, name)
     version = lake.require(name, "model_version").json("version.json")
-    service = lake.require(name, "bento_service").json("service.json")
+    service_artefact = lake.require(name, "bento_service")
+    service = service_artefact.json("service.json")
     live = ledger.live_release(name)
     if report.task != name or adapter.made_from["task"] != name:
         raise _unfit(name, f"the report is about task '{report.task}'")
@@ -75,8 +77,15 @@ def examine(lake: Lake, ledger: Ledger, task: TaskSpec, *, engine: str = "torch"
     if live is not None and live["adapter"] not in (report.champion, adapter.digest):
         against = short(report.champion) if report.champion else "no champion"
         raise _unfit(name, f"the report is stale: it compares with {against}, but {short(live['adapter'])} is live")
-    if not service["answers_match"]:
-        raise _unfit(name, "the Bento did not give the evaluated answers")
+    if service_artefact.made_from.get("test_requests", []) != golden.listed(task.serving.test_requests):
+        raise _unfit(name, "the Bento was not asked the test requests that the task file lists now")
+    told = golden.complaints(service)
+    if told or not service["answers_match"]:
+        raise GateRefusal(
+            "; ".join(["the Bento did not answer as it must", *told]),
+            where=f"release of {name}",
+            mend=golden.mend(service),
+        )
     require_engine(report, engine)
     require_recounted(report_artefact, report)
     decision = decide(report, task.gates)
@@ -119,9 +128,21 @@ def _unfit(task: str, what: str) -> GateRefusal:
     return GateRefusal(what, where=f"release of {task}", mend=again)
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What answers after a decision."""
+
+    release: dict[str, Any]
+    """The release in force."""
+    replaced: dict[str, Any] | None
+    """The release that was in force before; None where this is the first one."""
+    new: bool
+    """False where the adapter was live already, so that no release was recorded."""
+
+
 def release(
     lake: Lake, ledger: Ledger, task: TaskSpec, *, actor: str, because: str, engine: str = "torch"
-) -> tuple[dict[str, Any], Candidate]:
+) -> tuple[Decided, Candidate]:
     """Make the candidate live, or refuse.
 
     Args:
@@ -140,7 +161,7 @@ def release(
     live = ledger.live_release(name)
     if live is not None and live["adapter"] == candidate.adapter:
         ledger.set_review_below(name, task.serving.review_below, actor=actor)
-        return live, candidate
+        return Decided(live, live, new=False), candidate
     refusals = dict(candidate.refusals)
     rolled_back = _rolled_back(ledger.releases(name)).get(candidate.adapter)
     if rolled_back is not None:
@@ -171,7 +192,7 @@ def release(
         expected_live=live["id"] if live else None,
         review_below=task.serving.review_below,
     )
-    return recorded, candidate
+    return Decided(recorded, live, new=True), candidate
 
 
 def _rolled_back(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -185,7 +206,7 @@ def _rolled_back(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return away
 
 
-def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: str, because: str) -> dict[str, Any]:
+def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: str, because: str) -> Decided:
     """Make an earlier release's adapter live again: one row, effective in under a second.
 
     Args:
@@ -211,7 +232,7 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
     target = wanted[0]
     adapter = lake.open(target["adapter"])
     precision = target["decision"].get("precision", "auto")
-    return ledger.record_release(
+    recorded = ledger.record_release(
         task=task,
         kind="rollback",
         adapter=target["adapter"],
@@ -225,3 +246,4 @@ def roll_back(lake: Lake, ledger: Ledger, task: str, *, to: str | None, actor: s
         base=adapter.json("adapter.json")["base"]["model"],
         expected_live=live["id"],
     )
+    return Decided(recorded, live, new=True)

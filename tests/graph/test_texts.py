@@ -14,6 +14,7 @@ from tests.graph.small_task import open_home
 from tests.graph.small_texts import ANSWERS, FIELDS, GENERAL, answer_rows, field_rows, tiny_chat, write_texts
 
 TASK = "small-answers"
+ASKED = "serving:\n  test_requests:\n    - {text: 'How is it: snow ice?', contains: it is}\n"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answering(home: Path) -> Platform:
     """A home whose text-generation task is live."""
     platform = open_home(home)
-    platform.add_task(write_texts(home / "answers", home / "base", ANSWERS, answer_rows(150), epochs=8, more=GENERAL))
+    platform.add_task(
+        write_texts(home / "answers", home / "base", ANSWERS, answer_rows(150), epochs=8, more=GENERAL + ASKED)
+    )
     outcome = platform.materialise(TASK, because="the first one")
     assert outcome.succeeded, outcome
     assert outcome.unserved == ""
@@ -53,6 +56,8 @@ def test_a_generation_task_goes_the_whole_way(answering: Platform) -> None:
     service = answering.lake.require(TASK, "bento_service").json("service.json")
     assert len(service["golden"]) >= 5
     assert all(one["answered"] == one["expected"] for one in service["golden"])
+    (sample,) = service["test_requests"]
+    assert (sample["expected"], sample["right"]) == ("a text with 'it is'", True)
     card = answering.registry.card(TASK, "1")
     assert card["adapter"] == report.adapter
     assert "labels" not in card

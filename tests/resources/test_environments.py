@@ -38,8 +38,11 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
             "FT_ADAPTER_MEMORY_MB": "8",
             "FT_API_KEYS": "one, two,",
             "FT_ACTOR": "ada",
+            "FT_SERVICE_URL": "https://models.example/ft/",
+            "FT_NOTIFY_URL": "https://hooks.example/services/1, http://127.0.0.1:8065/hooks/2,",
         }
     )
+    assert environment.notify_urls == ("https://hooks.example/services/1", "http://127.0.0.1:8065/hooks/2")
     assert environment.lake == "s3://bucket/lake"
     assert environment.ledger == "postgresql+psycopg2://ft@db/ledger"
     assert environment.mlflow == "http://mlflow:5000"
@@ -53,6 +56,7 @@ def test_each_variable_is_heard(tmp_path: Path) -> None:
     assert environment.generation_engine == "vllm"
     assert environment.api_keys == ("one", "two")
     assert environment.actor == "ada"
+    assert environment.service_url == environment.variables()["FT_SERVICE_URL"] == "https://models.example/ft"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,34 @@ def test_a_child_process_reads_the_same_environment(tmp_path: Path, variables: d
 def test_api_keys_are_not_handed_on(tmp_path: Path) -> None:
     environment = Environment.read({"FT_API_KEYS": "secret"}, home=tmp_path)
     assert not any("secret" in value for value in environment.variables().values())
+
+
+def test_webhooks_are_neither_handed_on_nor_shown(tmp_path: Path) -> None:
+    environment = Environment.read({"FT_NOTIFY_URL": "https://hooks.example/secret"}, home=tmp_path)
+    assert not any("secret" in value for value in environment.variables().values())
+    assert "secret" not in repr(environment)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hooks.example/secret",
+        "ftp://hooks.example/secret",
+        "https:///secret",
+        "https://ada:secret@hooks.example/x",
+        "https://hooks.example:port/secret",
+        "https://hooks.example/a secret",
+        "https://hooks..example/secret",
+        "https://[::1/secret",
+        "https://hooks.example/fine,secret",
+    ],
+)
+def test_what_is_no_webhook_is_refused_and_not_repeated(tmp_path: Path, value: str) -> None:
+    with pytest.raises(SpecError, match="FT_NOTIFY_URL") as caught:
+        Environment.read({"FT_NOTIFY_URL": value}, home=tmp_path)
+    assert "secret" not in str(caught.value)
+    assert "https://" in caught.value.mend
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
 def test_relative_paths_mean_the_same_after_the_working_directory_changed(

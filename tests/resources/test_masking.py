@@ -9,7 +9,17 @@ NONE: frozenset[str] = frozenset()
 
 @pytest.mark.parametrize(
     "name",
-    ["FT_API_KEYS", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MYSQL_PWD", "apiKey", "db.password", "auth"],
+    [
+        "FT_API_KEYS",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "FT_NOTIFY_URL",
+        "apiKey",
+        "db.password",
+        "auth",
+    ],
 )
 def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
@@ -48,6 +58,7 @@ def test_names_that_only_look_so(name: str) -> None:
         "AIza" + "Sy0_-" * 7,
         "xoxb" + "-1234567890-abcdef",
         "npm" + "_" + "a1B2" * 9,
+        "https://hooks.slack.com" + "/services/T0AB/B0CD/a1B2c3",
         "eyJ" + "hbGciOiJI" + ".eyJ" + "zdWIiOiIx" + ".c2ln_bmF0dXJl",
     ],
 )
