@@ -10,6 +10,7 @@ from bento.documentation import add_documentation
 from bento.endpoints.openai import add_openai
 from bento.endpoints.predictions import add_predictions
 from bento.refusals import add_handlers
+from bento.try_page import add_try_page
 
 
 def create_app() -> FastAPI:
@@ -28,6 +29,7 @@ def create_app() -> FastAPI:
         app.add_api_route(path, livez, methods=["GET"], include_in_schema=path == "/livez")
     app.add_api_route("/readyz", readyz, methods=["GET"])
     add_documentation(app)
+    add_try_page(app)
     add_access(app)
     add_handlers(app)
     return app

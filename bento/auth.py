@@ -142,6 +142,10 @@ class Doorkeeper:
             mend="Send 'Authorization: Bearer KEY'; an admin makes keys with 'ft key create'.",
         )
 
+    def visitor(self, client: str | None, headers: Mapping[bytes, bytes]) -> Caller:
+        """Whoever asks for what is nobody's: a key is not looked at, and opens nothing here."""
+        return LOCAL if self.trusts(client, headers) else Caller(f"visitor {client}", "reader", frozenset())
+
     def trusts(self, client: str | None, headers: Mapping[bytes, bytes]) -> bool:
         """Whether a request is let in without a key, because it comes from this machine."""
         return not self._always and is_local(client, headers)

@@ -2,17 +2,15 @@
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import RedirectResponse
 from starlette.staticfiles import StaticFiles
 
 STATIC = "/static_content"
 
 
 def add_documentation(app: FastAPI) -> None:
-    """Swagger UI of `app` at /docs, where / leads to. `app` is made without pages of its own for that."""
+    """Swagger UI of `app` at /docs. `app` is made without pages of its own for that."""
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     app.mount(STATIC, StaticFiles(packages=[("bentoml", "_internal/server/static_content")]))
-    app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
 
 
 async def docs(request: Request) -> Response:
@@ -24,8 +22,3 @@ async def docs(request: Request) -> Response:
         swagger_css_url=f"{STATIC}/swagger-ui.css",
         swagger_favicon_url=f"{STATIC}/favicon-light-32x32.png",
     )
-
-
-async def index() -> RedirectResponse:
-    """The documentation."""
-    return RedirectResponse("/docs")

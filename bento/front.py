@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -52,6 +52,7 @@ class Front:
         origins: Sites whose pages may call; `*` for all.
         seconds: Longest time for one request.
         answer: Writes the answer to a refused request.
+        pages: Paths of the mounted application that need no key. What is sent to them is not read.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Front:
         origins: Sequence[str] = (),
         seconds: float = 300.0,
         answer: "Answer | None" = None,
+        pages: Collection[str] = (),
     ) -> None:
         self._app, self._own, self._doors, self._limits = app, own, doors, limits
         self._drain, self._observer, self._seconds = drain, observer, seconds
         self._answer = answer or error_response
+        self._pages = frozenset(pages)
         self._room = Room()
         self._entry: ASGIApp = self._serve
         if origins:
@@ -155,12 +158,14 @@ class Front:
             raise RequestError(
                 "not_ready", "the service is shutting down", status=503, mend="Ask another instance.", retry_after=1
             )
-        caller = state["caller"] = self._doors.identify(client, headers)
+        page = scope["path"] in self._pages
+        known = self._doors.visitor if page else self._doors.identify
+        caller = state["caller"] = known(client, headers)
         self._limits.take(caller)
         permit_path(caller, scope["path"])
         seconds = read_timeout(headers, self._seconds)
         state["deadline"] = state["arrived"] + seconds
-        content = await body.read()
+        content = b"" if page else await body.read()
         if content is None:  # the caller went away
             return
         started, loop = False, asyncio.get_running_loop()
@@ -175,7 +180,7 @@ class Front:
         try:
             async with asyncio.timeout(state["deadline"] - time.monotonic()) as limit:
                 # BentoML's layers add nothing to what the mounted application answers, and cost 0.1 ms
-                following = self._own if scope["path"] in MODEL_PATHS else self._app
+                following = self._own if page or scope["path"] in MODEL_PATHS else self._app
                 await following(scope, replay(content, receive), starting)
         except TimeoutError:
             if not started:

@@ -51,7 +51,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
         RequestError("invalid_request", what, status=error.status_code, mend="The protocol is described at /docs."),
     )
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = _allowed(request, response.headers.get("allow", ""))
     return response
+
+
+def _allowed(request: Request, named: str) -> str:
+    """The methods of a path: `named` are those of one endpoint there, and others may be documented."""
+    documented = request.app.openapi()["paths"].get(request.url.path, {})
+    return ", ".join(sorted({*filter(None, named.split(", ")), *(method.upper() for method in documented)}))
 
 
 async def _fault(request: Request, error: Exception) -> Response:

@@ -26,6 +26,7 @@ from bento.metrics import metrics
 from bento.observation import Observer
 from bento.tokens import Tokens
 from bento.tracing import Tracer
+from bento.try_page import PATH as TRY_PAGE
 from ft_resources.environments import Environment, ServiceSettings, share_secret
 
 if TYPE_CHECKING:
@@ -152,4 +153,5 @@ AdapterService.add_asgi_middleware(  # type: ignore[attr-defined]
     observer=observer,
     origins=settings.cors_origins,
     seconds=settings.request_seconds,
+    pages=[TRY_PAGE],
 )

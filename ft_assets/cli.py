@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_assets import cli_keys, cli_tracking, cli_training
+from ft_assets import cli_export, cli_keys, cli_serving, cli_tracking, cli_training
 from ft_assets.terminal import (
     MARKS,
     HomeOption,
@@ -37,6 +37,8 @@ app.add_typer(release_app, name="release")
 app.add_typer(cli_keys.app, name="key")
 app.add_typer(cli_tracking.app, name="tracking")
 app.add_typer(cli_training.app)
+app.add_typer(cli_export.app)
+app.add_typer(cli_serving.app)
 Because = Annotated[str, typer.Option("--because", help="Why; recorded with your name.")]
 
 
@@ -322,12 +324,15 @@ def serve(
     home: HomeOption = None,
 ) -> None:
     """Serve every released task over HTTP with `bentoml serve`; releases and rollbacks need no restart."""
+    from ft_assets.deploying import address
     from ft_resources.environments import REPOSITORY
     from ft_resources.serving import SERVICE, require_free
 
-    open_platform(home)
+    platform = open_platform(home)
     with told():
         require_free(host, port)
+        platform.deployments.note(host, port)
+    console.print(f"Try the tasks at {address(host, port)}/")
     os.chdir(REPOSITORY)
     program = str(Path(sys.executable).with_name("bentoml"))
     os.execv(program, [program, "serve", SERVICE, "--host", host, "--port", str(port)])

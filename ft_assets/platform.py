@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ft_assets import lineage, task_files
 from ft_assets.daemon import daemon
+from ft_assets.deploying import Deployment, Deployments
 from ft_assets.evaluation.stored import Report, read_report
 from ft_assets.home import Home
 from ft_assets.release import decisions
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from bento.request_log import Prediction
     from bento.scorer import Scorer
+    from ft_assets.exporting.forms import Exported
     from ft_assets.file_scoring import Scored as ScoredFile
     from ft_assets.following import Line
     from ft_assets.training.forms import Level
@@ -306,9 +308,53 @@ class Platform(Home):
             show=show,
         )
 
+    def export(self, task: str, out: str | Path, *, version: str | None = None, int8: bool = False) -> "Exported":
+        """Write a released classifier as ONNX to the folder `out`, compared with plain peft on the validation rows.
+
+        Args:
+            out: Not there yet, or empty. It appears whole or not at all.
+            version: A released model version, or the start of its adapter's digest; default the live one.
+            int8: Weights in 8 bits.
+
+        Raises:
+            GateRefusal: It answers otherwise than the task's gates for serving precisions allow.
+            RequestError: There is no such version.
+            ArtefactError: Nothing is live, or `out` cannot be written.
+            ServiceError: The packages of the extra `export` are missing, or this base model cannot be written as ONNX.
+            SpecError: There is no such task, or it is no text-classification.
+        """
+        from ft_assets.exporting.export import export
+
+        return export(self, task, Path(out), version=version, int8=int8)
+
     def serve(self, port: int | None = None) -> ServerProcess:
         """Start the service on this home in a process of its own; the caller stops it."""
         return self.bentos.start(SERVICE, home=self.environment.home, port=port)
+
+    @cached_property
+    def deployments(self) -> Deployments:
+        """What answers for the tasks of this home."""
+        return Deployments(self.environment, self.bentos)
+
+    def deploy(self, task: str) -> Deployment:
+        """An address that answers for the live release of `task`, and a page to try it on.
+
+        It is the service of FT_SERVICE_URL, else one of this home on this machine: it is found when it runs, or started
+        in a process that outlives this one, and answers until `undeploy`.
+
+        Raises:
+            NothingLive: No release of it is in force.
+            ServiceError: The service did not come up, or cannot load the adapter.
+        """
+        return self.deployments.deploy(self.ledger, task)
+
+    def undeploy(self) -> bool:
+        """End the service that `deploy` started, for all tasks. Returns whether there was one.
+
+        Raises:
+            CannotStop: Somebody else started it.
+        """
+        return self.deployments.stop()
 
     def daemon(self) -> AbstractContextManager[Path]:
         """A `dagster-daemon` on this home while the body runs: sensors tick, queued runs start. Yields its log file."""

@@ -10,18 +10,20 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 from filelock import FileLock
 
+from ft_resources import processes
 from ft_resources.environments import CREDENTIALS, REPOSITORY, Environment
 from ft_resources.errors import FtError
+from ft_resources.files import write_json
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -30,8 +32,6 @@ REQUEST = "request.json"
 CANCELLATION = "cancellation.json"
 LOG = "log.txt"
 RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-CLOCK_ERROR = 2.0
-"""Seconds by which the start of a process may seem to move when the clock is set."""
 
 
 class CannotCancel(FtError):
@@ -73,12 +73,7 @@ class Submission:
 
     def _process(self) -> psutil.Process | None:
         """Its process on this machine; None when it has ended."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_started) < CLOCK_ERROR
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        return processes.find(self.pid, self.process_started)
 
     def process_here(self) -> psutil.Process:
         """The process to end.
@@ -102,7 +97,7 @@ class Submission:
             CannotCancel: It has ended, or is another machine's.
         """
         process = self.process_here()
-        _write(self.log.parent / CANCELLATION, {"actor": actor, "at": datetime.now(UTC).isoformat()})
+        write_json(self.log.parent / CANCELLATION, {"actor": actor, "at": datetime.now(UTC).isoformat()})
         with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             process.terminate()
 
@@ -159,7 +154,7 @@ class Submissions:
             psutil.Process(child.pid).create_time(),
             folder / LOG,
         )
-        _write(folder / REQUEST, {**asdict(submission), "log": LOG})
+        write_json(folder / REQUEST, {**asdict(submission), "log": LOG})
         return submission
 
     def find(self, start: str) -> Submission | None:
@@ -195,10 +190,3 @@ class Submissions:
 def _read(file: Path) -> Submission:
     told = json.loads(file.read_text(encoding="utf-8"))
     return Submission(**{**told, "log": file.parent / told["log"]})
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Readers find all of it, or no file."""
-    aside = file.with_name(f".{file.name}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.rename(file)

@@ -1,7 +1,9 @@
 """Files of a local folder: what they hold, as digests, and getting them to the disk."""
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ def sha256(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON. Readers find all of it, or what was there before."""
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.rename(file)
 
 
 def flush(stream: Any) -> None:

@@ -184,8 +184,27 @@ class BentoStore:
 
     def start(self, target: str, *, home: Path, port: int | None = None) -> ServerProcess:
         """Like `serving`, but the caller stops the process."""
+        server = self.launch(target, home=home, port=port or free_port())
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if server.process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(server.url + "/readyz", timeout=5):
+                    return server
+            except OSError:
+                time.sleep(0.2)
+        tail = last_lines(server.log)
+        server.stop()
+        raise ServiceError(
+            f"'bentoml serve {target}' did not become ready:\n{tail}",
+            where=str(server.log),
+            mend="Often the port is taken or FT_LEDGER cannot be reached.",
+        )
+
+    def launch(self, target: str, *, home: Path, port: int) -> ServerProcess:
+        """Like `start`, without waiting until it is ready."""
         home.mkdir(parents=True, exist_ok=True)
-        port = port or free_port()
         log = home / f"serve-{port}.log"
         # BentoML keeps Prometheus files per BENTOML_HOME and two servers wipe each other's: give each its own,
         # with the built Bentos linked in
@@ -202,31 +221,21 @@ class BentoStore:
                 [_bentoml(), "serve", target, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=REPOSITORY if ":" in target and "." in target.split(":", maxsplit=1)[0] else home,
                 env=variables,
+                stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                break
-            try:
-                with urllib.request.urlopen(server.url + "/readyz", timeout=5):
-                    return server
-            except OSError:
-                time.sleep(0.2)
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        server.stop()
-        raise ServiceError(
-            f"'bentoml serve {target}' did not become ready:\n{tail}",
-            where=str(log),
-            mend="Often the port is taken or FT_LEDGER cannot be reached.",
-        )
+        return ServerProcess(f"http://127.0.0.1:{port}", process, log)
 
     def _variables(self, home: Path) -> dict[str, str]:
         home.mkdir(parents=True, exist_ok=True)
         return {**os.environ, **self.environment.variables(), "BENTOML_HOME": str(home)}
+
+
+def last_lines(log: str | Path, most: int = 15) -> str:
+    """The end of a log."""
+    return "\n".join(Path(log).read_text(errors="replace").splitlines()[-most:])
 
 
 def free_port() -> int:

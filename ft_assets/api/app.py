@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 
 from bento.access import Access, add_access
 from bento.auth import Doorkeeper
@@ -18,22 +18,23 @@ from bento.lifecycle import Drain
 from bento.limits import RateLimits
 from bento.observation import Observer
 from bento.tokens import Tokens
-from ft_assets.api import adapters, experiments, runs, stream
+from ft_assets.api import adapters, deployments, experiments, runs, stream
 from ft_assets.api.refusals import add_handlers, refused
 from ft_assets.platform import Platform
 from ft_resources.environments import ServiceSettings
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = """\
-Experiments, runs and adapters of the platform: what `ft experiments`, `ft run --detach`, `ft status`, `ft watch` and
-`ft cancel` do, over HTTP.
+Experiments, runs, deployments and adapters of the platform: what `ft experiments`, `ft run --detach`, `ft status`,
+`ft watch`, `ft cancel`, `ft deploy` and `ft undeploy` do, over HTTP.
 
 Callers on this machine need no key. Others send `Authorization: Bearer KEY`, a key of `ft key create` or a token of
-POST /auth/token. A `reader` reads what belongs to its tasks, an `owner` also starts and cancels their runs, an `admin`
-does everything for all tasks.
+POST /auth/token. A `reader` reads what belongs to its tasks, an `owner` also starts and cancels their runs
+and deploys them, an `admin` does everything for all tasks.
 """
 TAGS = [
     {"name": "runs", "description": "Start a run, ask after it, follow it, cancel it."},
+    {"name": "deployments", "description": "An address that answers for a task, in one call."},
     {"name": "experiments", "description": "Trainings that ended, and what MLflow knows of them."},
     {"name": "adapters", "description": "What trainings ended with."},
     {"name": "access", "description": "Tokens for keys; keeping keys."},
@@ -76,11 +77,12 @@ def create_app(platform: Platform, settings: ServiceSettings, drain: Drain, endi
     )
     app.state.platform = platform
     app.state.streams = stream.Streams(platform, ending)
-    for router in (runs.router, stream.router, experiments.router, adapters.router):
+    for router in (runs.router, stream.router, deployments.router, experiments.router, adapters.router):
         app.include_router(router)
     for path, handler in (("/livez", livez), ("/healthz", livez), ("/readyz", readyz)):
         app.add_api_route(path, handler, methods=["GET"], include_in_schema=path != "/healthz", tags=["probes"])
     add_documentation(app)
+    app.add_api_route("/", index, methods=["GET"], include_in_schema=False)
     add_access(app)
     add_handlers(app)
     return Front(
@@ -104,6 +106,11 @@ def warm(platform: Platform) -> None:
 
     defs.resolve_asset_graph()
     platform.instance.get_run_ids(limit=1)
+
+
+async def index() -> RedirectResponse:
+    """The documentation."""
+    return RedirectResponse("/docs")
 
 
 async def livez() -> JSONResponse:

@@ -23,6 +23,9 @@ Code = Literal[
     "unknown_adapter",
     "busy",
     "cannot_cancel",
+    "nothing_live",
+    "cannot_stop",
+    "service",
     "invalid_spec",
     "rate_limited",
     "overloaded",
@@ -33,18 +36,27 @@ Code = Literal[
     "artefact",
     "internal",
 ]
-STATUSES = {"unknown_task": 404, "unknown_run": 404, "busy": 409, "cannot_cancel": 409, "invalid_spec": 422}
+STATUSES = {
+    "unknown_task": 404,
+    "unknown_run": 404,
+    "busy": 409,
+    "cannot_cancel": 409,
+    "nothing_live": 409,
+    "cannot_stop": 409,
+    "invalid_spec": 422,
+    "service": 503,
+}
 """HTTP status of the platform's own errors, by code; that of others is 500."""
 DESCRIPTIONS = {
     400: "The body is not JSON.",
     401: "No valid key.",
     403: "The key is not for this.",
     404: "There is no such task, run or adapter.",
-    409: "The task is busy, or the run is over.",
+    409: "The task is busy or has no live release, the run is over, or the service is somebody else's.",
     422: "A field is not what the protocol asks for.",
     429: "The caller sends more requests than it may.",
     500: "A fault of the API, or a damaged artefact.",
-    503: "Overloaded, not ready, or MLflow or the ledger cannot be reached.",
+    503: "Overloaded, not ready, MLflow or the ledger cannot be reached, or the service does not come up.",
 }
 
 

@@ -12,7 +12,7 @@ from bento.auth import permit
 from bento.protocol import Name, Text
 from bento.protocol import Request as Body
 from ft_assets.api.refusals import errors
-from ft_assets.api.scope import actor_of, platform_of, tasks_of
+from ft_assets.api.scope import actor_of, platform_of, tasks_of, unknown_task
 from ft_assets.platform import Platform, outcome
 from ft_assets.submitting import RUN_ID
 from ft_assets.tasks import UnknownTask
@@ -87,9 +87,7 @@ def train(body: TrainRequest, request: Request, response: Response) -> Run:
     try:
         run_id = platform.submit(body.task, only=body.only, because=body.because, actor=actor_of(request))
     except UnknownTask as error:
-        tasks = request.state.caller.tasks  # who may use some is not told of others
-        mend = error.mend if tasks is None else f"Your tasks: {', '.join(sorted(tasks))}."
-        raise RequestError("unknown_task", error.what, status=404, mend=mend, field="task") from None
+        raise unknown_task(request, error) from None
     response.headers["location"] = f"/runs/{run_id}"
     return described(platform, state_of(request, run_id))
 

@@ -6,6 +6,8 @@ from fastapi import Request
 
 from bento.auth import Caller, permit
 from ft_assets.platform import Platform
+from ft_assets.tasks import UnknownTask
+from ft_resources.errors import RequestError
 
 
 def platform_of(request: Request) -> Platform:
@@ -25,6 +27,13 @@ def tasks_of(request: Request, task: str | None) -> Collection[str] | None:
         return caller.tasks
     permit(request, task)
     return (task,)
+
+
+def unknown_task(request: Request, error: UnknownTask) -> RequestError:
+    """The refusal of a task that no file declares: who may use some is not told of others."""
+    caller: Caller = request.state.caller
+    mend = error.mend if caller.tasks is None else f"Your tasks: {', '.join(sorted(caller.tasks))}."
+    return RequestError("unknown_task", error.what, status=404, mend=mend, field="task")
 
 
 def actor_of(request: Request) -> str:

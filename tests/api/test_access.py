@@ -23,6 +23,9 @@ MATRIX: dict[str, tuple[str, str, Any, set[str]]] = {
     "task of news": ("GET", f"/task/{ENDED}", None, NOT_MAIL),
     "events of news": ("GET", f"/runs/{ENDED}/events", None, NOT_MAIL),
     "cancel news": ("POST", f"/runs/{ENDED}/cancel", None, {"owner", "admin", "environment"}),
+    "deploy mail": ("POST", "/deployments", {"task": "mail"}, KEEPERS),
+    "deploy news": ("POST", "/deployments", {"task": "news"}, {"owner", "admin", "environment"}),
+    "undeploy": ("DELETE", "/deployments", None, {"owner", "admin", "environment"}),
     "experiments": ("GET", "/experiments", None, ALL),
     "experiments of news": ("GET", "/experiments?task=news", None, NOT_MAIL),
     "statistics": ("GET", "/experiments/statistics", None, ALL),
@@ -39,7 +42,7 @@ MATRIX: dict[str, tuple[str, str, Any, set[str]]] = {
     "make an admin": ("POST", "/auth/keys", {"name": "made", "role": "admin"}, {"admin", "environment"}),
     "revoke a key": ("DELETE", "/auth/keys/nothing", None, KEEPERS),
 }
-"""`mail` and `news` have no task file, the run is over: nothing is started or canceled."""
+"""`mail` and `news` have no task file and no release, the run is over: nothing is started, deployed or canceled."""
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -80,6 +83,9 @@ def test_a_token_stands_for_its_key(api: Api, shown: dict[str, str]) -> None:
         (("POST", "/train", {"json": {"task": "weather", "epochs": 3}}), 422, "invalid_request", "epochs"),
         (("POST", "/train", {"json": {"task": "weather", "only": ["adaptr"]}}), 422, "invalid_spec", "only"),
         (("POST", "/train", {"json": {"task": "wether"}}), 404, "unknown_task", "task"),
+        (("POST", "/deployments", {"json": {"task": "wether"}}), 404, "unknown_task", "task"),
+        (("POST", "/deployments", {"json": {"task": "weather"}}), 409, "nothing_live", "task"),
+        (("POST", "/deployments", {"json": {"task": "weather", "port": 1}}), 422, "invalid_request", "port"),
         (("GET", "/runs/adapter", {}), 404, "unknown_run", "run_id"),
         (("GET", f"/task/{NO_RUN}", {}), 404, "unknown_run", "run_id"),
         (("POST", f"/runs/{NO_RUN}/cancel", {}), 404, "unknown_run", "run_id"),
@@ -96,6 +102,12 @@ def test_a_refusal_says_what_where_and_how_to_mend_it(
     assert (response.status_code, refusal["error_code"], refusal["where"]) == (status, code, where)
     assert refusal["message"] and refusal["mend"]
     assert refusal["trace_id"] == response.headers["x-trace-id"]
+
+
+def test_a_method_that_a_path_lacks_is_answered_with_those_it_has(api: Api) -> None:
+    for path, methods in (("/deployments", "DELETE, POST"), ("/auth/keys", "GET, POST"), ("/train", "POST")):
+        refused = api.client.put(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, methods)
 
 
 def test_who_may_use_some_tasks_is_not_told_of_others(api: Api, shown: dict[str, str]) -> None:

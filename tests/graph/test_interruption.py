@@ -102,6 +102,7 @@ LATE = TASK_FILE.replace("max_tokens: 48", "max_tokens: 128").replace(
 """The small task with little memory at first: whole texts come in the second epoch only."""
 
 
+@pytest.mark.slow
 def test_a_training_that_runs_out_of_memory_goes_on_in_smaller_parts(
     built: Built, tmp_path: Path, training_mails: pd.DataFrame
 ) -> None:
