@@ -92,7 +92,12 @@ def serves_what_was_evaluated(report: EvalReport, policy: GatePolicy) -> GateRes
         "most_probability_shift": policy.max_probability_shift,
         "tried": ", ".join(f"{one.precision} {one.agreement:.4f}" for one in serving.tried),
     }
-    figures = (serving.agreement, serving.max_probability_difference, serving.probability_shift)
+    figures = (
+        serving.agreement,
+        serving.max_probability_difference,
+        serving.mean_probability_difference,
+        serving.probability_shift,
+    )
     unknown = any(map(math.isnan, figures))
     if unknown or serving.rows == 0:
         reason = f"The serving engine was compared with plain peft on {serving.rows} rows, which shows nothing."
